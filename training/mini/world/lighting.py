@@ -10,10 +10,10 @@ from torch import Tensor
 from training.mini.world.scene import Scene
 
 # Per light of scene.LIGHTS. Direction: where the light comes from, (x right, y down); strength: how much it models a face.
-_TINT = ((1.0, 1.0, 1.0), (1.05, 0.97, 0.86), (0.86, 0.93, 1.06), (0.99, 0.97, 0.96))
+_TINT = ((1.0, 1.0, 1.0), (1.04, 0.98, 0.91), (0.92, 0.96, 1.04), (0.99, 0.98, 0.97))
 _DIRECTION = ((-0.2, -0.5), (0.35, -0.3), (-0.35, -0.2), (0.9, -0.1))
 _STRENGTH = (0.18, 0.20, 0.18, 0.36)
-_EXPOSURE = (1.0, 0.99, 0.92, 0.95)
+_EXPOSURE = (1.0, 0.99, 0.95, 0.96)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,173 @@
+"""Everything that Likeness refuses or fails at on purpose, as one tree of exceptions.
+
+Knows nothing of HTTP, Ray or models: the ingress reads `code` and `status`, the command line prints the text.
+
+    LikenessError
+    ├── RequestRefused
+    │   ├── InvalidRequest            invalid_request            422
+    │   ├── InvalidImage              invalid_image              422
+    │   ├── NoFaceDetected            no_face_detected           422
+    │   ├── MultipleFaces             multiple_faces             422
+    │   ├── FaceTooSmall              face_too_small             422
+    │   ├── UnknownModel              unknown_model              404
+    │   ├── UnsupportedCombination    unsupported_combination    422
+    │   ├── LoraIncompatible          lora_incompatible          422
+    │   └── LicenseRefused            license_refused            403
+    ├── QueueFull                     queue_full                 429
+    ├── WeightsError
+    │   ├── MissingWeights            missing_weights            503
+    │   ├── DamagedWeights            damaged_weights            503
+    │   ├── UnsafeWeights             unsafe_weights             503
+    │   └── CheckpointMismatch        checkpoint_mismatch        503
+    └── InvalidCatalog                invalid_catalog            500
+
+A code, once published, never changes its meaning. Codes are spelt as the wire spells them (`license`), texts are British.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class LikenessError(Exception):
+    """The root: something is wrong, it has a name, and there is something to do about it.
+
+    message: what is wrong, naming the thing. remedy: what to do; the class's own advice unless the raiser knows better.
+    details: plain JSON values for a program to read (boxes of the faces found, names of the keys missing).
+
+    All three are positional in `args`, hence an instance survives pickling: Ray sends errors between processes that way.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    advice: ClassVar[str] = "This is a fault of the server: report it together with the request."
+
+    def __init__(self, message: str, remedy: str | None = None, details: Mapping[str, object] | None = None) -> None:
+        super().__init__(message, remedy, details)
+        self.message = message
+        self.remedy = remedy if remedy is not None else self.advice
+        self.details: dict[str, object] = dict(details or {})
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}"
+
+
+class RequestRefused(LikenessError):
+    """The caller asked for something that cannot be done; nothing was run, and asking again unchanged will not help."""
+
+    code = "request_refused"
+    status = 422
+    advice = "Change the request and send it again."
+
+
+class InvalidRequest(RequestRefused):
+    """A field is unknown, missing, of the wrong type or out of its range."""
+
+    code = "invalid_request"
+
+
+class InvalidImage(RequestRefused):
+    """The bytes are not a picture that can be opened within the limits."""
+
+    code = "invalid_image"
+    advice = "Send a PNG, JPEG or WebP picture within the size limits."
+
+
+class NoFaceDetected(RequestRefused):
+    """A picture that must show a person shows no face to the detector."""
+
+    code = "no_face_detected"
+    advice = "Send a picture in which the whole face is visible, well lit and turned to the camera."
+
+
+class MultipleFaces(RequestRefused):
+    """A picture shows several faces and the request does not say which one is meant."""
+
+    code = "multiple_faces"
+    advice = 'Name one with `face_index`: 0 is the largest face, "largest" says so explicitly.'
+
+
+class FaceTooSmall(RequestRefused):
+    """A face was found, with too few pixels for its identity to be read."""
+
+    code = "face_too_small"
+    advice = "Send a picture with a larger face, or crop it closer."
+
+
+class UnknownModel(RequestRefused):
+    """No entry of the catalogue has this id."""
+
+    code = "unknown_model"
+    status = 404
+    advice = "Use an id that the catalogue lists."
+
+
+class UnsupportedCombination(RequestRefused):
+    """Every part exists, but they do not work together."""
+
+    code = "unsupported_combination"
+
+
+class LoraIncompatible(RequestRefused):
+    """A LoRA does not apply, or does not wholly apply, to this base model."""
+
+    code = "lora_incompatible"
+    advice = "Use a LoRA that was trained on this base model."
+
+
+class LicenseRefused(RequestRefused):
+    """The licence of some weights does not allow the use that this installation is for."""
+
+    code = "license_refused"
+    status = 403
+    advice = "Use a model whose licence allows commercial use, or lift LICENSE_POLICY where the licence is met."
+
+
+class QueueFull(LikenessError):
+    """The server is sound, but as many requests wait as may wait."""
+
+    code = "queue_full"
+    status = 429
+    advice = "Send the request again later."
+
+
+class WeightsError(LikenessError):
+    """The files of a model cannot be used as they are; the operator, not the caller, has to act."""
+
+    code = "weights_error"
+    status = 503
+
+
+class MissingWeights(WeightsError):
+    """A file of weights is not on this machine."""
+
+    code = "missing_weights"
+
+
+class DamagedWeights(WeightsError):
+    """A file of weights is not the file that the catalogue pins, or cannot be read."""
+
+    code = "damaged_weights"
+    advice = "Delete the file and fetch it again."
+
+
+class UnsafeWeights(WeightsError):
+    """A file of weights is a pickle, or of a kind that is not known to be harmless: opening it could run code."""
+
+    code = "unsafe_weights"
+    advice = "Use the safetensors or ONNX form of these weights."
+
+
+class CheckpointMismatch(WeightsError):
+    """The tensors of a file are not those of the model: names are missing or left over, or shapes differ."""
+
+    code = "checkpoint_mismatch"
+    advice = "Use the checkpoint that was made for this model and this configuration of it."
+
+
+class InvalidCatalog(LikenessError):
+    """The catalogue, or a file it refers to, says something that cannot be meant."""
+
+    code = "invalid_catalog"
+    advice = "Correct the file that is named."
