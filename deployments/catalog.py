@@ -169,8 +169,10 @@ class Catalog(_Strict):
 def license_policy() -> Policy:
     """What this installation may use: $LICENSE_POLICY, `any` (the default) or `commercial`."""
     chosen = os.environ.get(POLICY_VARIABLE, "any")
-    if chosen == "any" or chosen == "commercial":
-        return chosen
+    if chosen == "any":
+        return "any"
+    if chosen == "commercial":
+        return "commercial"
     raise InvalidCatalog(f"{POLICY_VARIABLE} is {chosen!r}.", "Set it to `any` or to `commercial`.")
 
 

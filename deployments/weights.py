@@ -132,7 +132,9 @@ def _cached_path(weight: WeightFile) -> Path:
 
     found = try_to_load_from_cache(weight.repo, weight.file, revision=weight.revision)
     if not isinstance(found, str):
-        message = f"The weights file {weight.file} of {weight.repo} (revision {weight.revision or 'main'}) is not in the Hugging Face cache."
+        message = (
+            f"The weights file {weight.file} of {weight.repo} (revision {weight.revision or 'main'}) is not in the Hugging Face cache."
+        )
         raise MissingWeights(message, _how_to_get(weight))
     return Path(found)
 

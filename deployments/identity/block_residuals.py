@@ -29,7 +29,7 @@ class _BlockHook(ModelHook):
     """
 
     def __init__(self, key: str, residual: Residual | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.key = key
         self.residual = residual
 

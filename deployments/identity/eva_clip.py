@@ -124,7 +124,8 @@ class RotaryTable(nn.Module):
         """x [n, heads, 1 + patches, head_dim]: turns the patches, leaves the class token."""
         patches = x[:, :, 1:]
         turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
-        return torch.cat([x[:, :, :1], patches * self.cos + turned * self.sin], dim=2)
+        # Under autocast the tables are fp32 where x is not.
+        return torch.cat([x[:, :, :1], (patches * self.cos + turned * self.sin).to(x.dtype)], dim=2)
 
 
 class SelfAttention(nn.Module):

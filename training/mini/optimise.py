@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,14 +44,8 @@ class Recipe:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """steps taken, seconds spent, the number of GPUs, and the last reported losses."""
-
-    steps: int
-    seconds: float
-    devices: int
-    losses: dict[str, float]
+Outcome = dict[str, Any]
+"""steps taken, seconds spent on them, the number of processes (one a GPU), and the last reported losses: facts for the card."""
 
 
 def optimise(
@@ -121,7 +116,7 @@ class _Run:
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.average)
         self.workspace.forget(self.name)
-        return Outcome(self.schedule.steps, round(self.schedule.elapsed(), 1), processes(), self.losses)
+        return {"steps": self.schedule.steps, "seconds": round(self.schedule.elapsed(), 1), "devices": processes(), **self.losses}
 
     def _checkpoint(self) -> None:
         self.saved = time.monotonic()

@@ -34,9 +34,14 @@ def write_catalog(pack_dir: Path = PACK_DIR, catalog_path: Path = CATALOG_PATH) 
         raise MissingWeights(f"{pack_dir} lacks {', '.join(absent)}.", "Run the stages of `python -m training.mini.train` that make them.")
     strangers = sorted(name for name in present - files if not name.startswith(tuple(folders)))
     if strangers:
-        raise InvalidCatalog(f"{pack_dir} holds what no entry declares: {', '.join(strangers)}.", f"Delete it, or declare it in {catalog_path}.")
+        raise InvalidCatalog(
+            f"{pack_dir} holds what no entry declares: {', '.join(strangers)}.", f"Delete it, or declare it in {catalog_path}."
+        )
     pins = Pins(repo=PACK, files={name: _pin(pack_dir / name) for name in sorted(present)})
-    _replace(catalog_path.with_name(f"{PACK}.yaml"), _HEADER + yaml.safe_dump(pins.model_dump(), default_flow_style=None, sort_keys=False, width=200))
+    _replace(
+        catalog_path.with_name(f"{PACK}.yaml"),
+        _HEADER + yaml.safe_dump(pins.model_dump(), default_flow_style=None, sort_keys=False, width=200),
+    )
     return pins
 
 

@@ -2,60 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from training.mini.faces import attributes, body_keypoints, detector, gender_age, parser, recognisers
-from training.mini.generator import autoencoder, base, ip_adapter, lora, pose_control, pulid, vision
-from training.mini.generator.context import Context
-from training.mini.optimise import Outcome, Recipe
+if TYPE_CHECKING:
+    from training.mini.generator.context import Context
+    from training.mini.optimise import Recipe
 
 LONGEST_STAGE_MINUTES = 9.0
+_FACES = "training.mini.faces."
+_GENERATOR = "training.mini.generator."
 
 
 @dataclass(frozen=True)
 class Stage:
-    """minutes: of a run of 45 minutes in all. makes: names of files in the workspace. parallel: may run under torchrun."""
+    """minutes: its share of a run of 45 minutes. train: "module:function" from (context, recipe) to facts for the card, imported
+    when it runs. makes, needs: files in the workspace. parallel: may run under torchrun. options: of its Recipe."""
 
     name: str
     minutes: float
-    run: Callable[[Context, Recipe], dict[str, Any]]
+    train: str
     makes: tuple[str, ...]
     needs: tuple[str, ...] = ()
     parallel: bool = False
     options: dict[str, float] = field(default_factory=dict)
 
-
-def _generator(train: Callable[[Context, Recipe], Outcome]) -> Callable[[Context, Recipe], dict[str, Any]]:
-    def run(context: Context, recipe: Recipe) -> dict[str, Any]:
-        outcome = train(context, recipe)
-        return {"steps": outcome.steps, "seconds": outcome.seconds, "devices": outcome.devices, **outcome.losses}
-
-    return run
-
-
-def _faces(train: Callable[..., dict[str, Any]]) -> Callable[[Context, Recipe], dict[str, Any]]:
-    return lambda context, recipe: train(recipe.seconds, context.device, context.workspace.folder, smoke=recipe.smoke)
+    def run(self, context: Context, recipe: Recipe) -> dict[str, Any]:
+        module, function = self.train.split(":")
+        train = getattr(import_module(module), function)
+        facts: dict[str, Any] = (
+            train(recipe.seconds, context.device, context.workspace.folder, smoke=recipe.smoke)  # they share no pictures
+            if self.train.startswith(_FACES)
+            else train(context, recipe)
+        )
+        return facts
 
 
 STAGES = (
-    Stage("recogniser", 3.0, _faces(recognisers.train_recogniser), ("recogniser.safetensors", "arcface.onnx")),
-    Stage("judge", 3.0, _faces(recognisers.train_judge), ("arcface_judge.onnx",)),
-    Stage("detector", 3.0, _faces(detector.train_detector), ("scrfd.onnx",)),
-    Stage("parser", 0.8, _faces(parser.train_parser), ("face_parser.onnx",)),
-    Stage("gender-age", 0.5, _faces(gender_age.train_gender_age), ("genderage.onnx",)),
-    Stage("body-keypoints", 1.0, _faces(body_keypoints.train_body_keypoints), ("body_keypoints.onnx",)),
-    Stage("attributes", 1.2, _faces(attributes.train_attributes), ("attributes.onnx",)),
-    Stage("autoencoder", 3.0, _generator(autoencoder.train), ("autoencoder.safetensors",)),
-    Stage("flux", 9.0, _generator(base.train), ("flux.safetensors",), ("autoencoder.safetensors",), parallel=True),
-    Stage("flux-2", 6.0, _generator(base.train), ("flux.safetensors",), ("flux.safetensors",), parallel=True, options={"learning_rate": 6e-4}),
-    Stage("guidance", 2.0, _generator(base.train_guidance), ("guidance.safetensors",), ("flux.safetensors",), parallel=True, options={"learning_rate": 3e-4}),
-    Stage("vision", 2.0, _generator(vision.train), ("vision.safetensors",), ("autoencoder.safetensors", "recogniser.safetensors")),
-    Stage("pulid", 6.0, _generator(pulid.train), ("pulid.safetensors",), ("guidance.safetensors", "vision.safetensors"), parallel=True),
-    Stage("ip-adapter", 3.0, _generator(ip_adapter.train), ("ip-adapter.safetensors",), ("guidance.safetensors", "vision.safetensors")),
-    Stage("pose-control", 3.0, _generator(pose_control.train), ("pose-control.safetensors",), ("guidance.safetensors",)),
-    Stage("lora", 0.4, _generator(lora.train), ("lora.safetensors",), ("guidance.safetensors",)),
+    Stage("recogniser", 3.0, _FACES + "recognisers:train_recogniser", ("recogniser.safetensors", "arcface.onnx")),
+    Stage("judge", 3.0, _FACES + "recognisers:train_judge", ("judge.safetensors", "arcface_judge.onnx")),
+    Stage("detector", 3.0, _FACES + "detector:train_detector", ("detector.safetensors", "scrfd.onnx")),
+    Stage("parser", 0.8, _FACES + "parser:train_parser", ("parser.safetensors", "face_parser.onnx")),
+    Stage("gender-age", 0.5, _FACES + "gender_age:train_gender_age", ("gender_age.safetensors", "genderage.onnx")),
+    Stage("body-keypoints", 1.0, _FACES + "body_keypoints:train_body_keypoints", ("body_keypoints.safetensors", "body_keypoints.onnx")),
+    Stage("attributes", 1.2, _FACES + "attributes:train_attributes", ("attributes.safetensors", "attributes.onnx")),
+    Stage("autoencoder", 3.0, _GENERATOR + "autoencoder:train", ("autoencoder.safetensors",)),
+    Stage("flux", 9.0, _GENERATOR + "base:train", ("flux.safetensors",), ("autoencoder.safetensors",), parallel=True),
+    Stage(
+        "flux-2", 6.0, _GENERATOR + "base:train", ("flux.safetensors",), ("autoencoder.safetensors", "flux.safetensors"),
+        parallel=True, options={"learning_rate": 6e-4},
+    ),
+    Stage(
+        "guidance", 2.0, _GENERATOR + "base:train_guidance", ("guidance.safetensors",), ("autoencoder.safetensors", "flux.safetensors"),
+        parallel=True, options={"learning_rate": 3e-4},
+    ),
+    Stage("vision", 2.0, _GENERATOR + "vision:train", ("vision.safetensors",), ("autoencoder.safetensors", "recogniser.safetensors")),
+    Stage(
+        "pulid", 6.0, _GENERATOR + "pulid:train", ("pulid.safetensors",),
+        ("autoencoder.safetensors", "recogniser.safetensors", "guidance.safetensors", "vision.safetensors"), parallel=True,
+    ),
+    Stage(
+        "ip-adapter", 3.0, _GENERATOR + "ip_adapter:train", ("ip-adapter.safetensors",),
+        ("autoencoder.safetensors", "recogniser.safetensors", "guidance.safetensors", "vision.safetensors"),
+    ),
+    Stage("pose-control", 3.0, _GENERATOR + "pose_control:train", ("pose-control.safetensors",), ("autoencoder.safetensors", "guidance.safetensors")),
+    Stage("lora", 0.4, _GENERATOR + "lora:train", ("lora.safetensors",), ("autoencoder.safetensors", "guidance.safetensors")),
 )  # fmt: skip
 
 

@@ -16,8 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from training.mini.assemble import assemble, refuse_existing_pack
 from training.mini.exchange import export_files, import_files
+from training.mini.generator.context import Context
 from training.mini.optimise import Recipe, main_process
+from training.mini.stages import STAGES, Stage, chosen, seconds_of
 from training.mini.workspace import Workspace
 
 _EXAMPLES = """examples:
@@ -54,10 +57,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from training.mini.assemble import assemble, refuse_existing_pack
-    from training.mini.generator.context import Context
-    from training.mini.stages import STAGES, chosen, seconds_of
-
     if options.stages == "help":
         print("\n".join(f"{s.name:15s} {s.minutes:4.1f} min of 45   makes {', '.join(s.makes)}" for s in STAGES))
         return 0
@@ -83,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_stage(stage, context, recipe: Recipe) -> None:  # type: ignore[no-untyped-def]
+def _run_stage(stage: Stage, context: Context, recipe: Recipe) -> None:
     for name in stage.needs:
         if not (context.workspace.folder / name).is_file():
             raise FileNotFoundError(f"stage {stage.name} needs {name}, which is not in {context.workspace.folder}: run the stage that makes it, or --import it")
@@ -127,14 +126,14 @@ def _prepare(device: torch.device) -> None:
     if device.type == "cpu":
         torch.set_num_threads(min(2, torch.get_num_threads()))
         return
-    import torch._dynamo
+    from torch import _dynamo as dynamo
 
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.automatic_dynamic_shapes = False
+    dynamo.config.recompile_limit = 64
+    dynamo.config.automatic_dynamic_shapes = False
 
 
 def _device_name(device: torch.device) -> str:

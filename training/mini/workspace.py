@@ -22,13 +22,13 @@ class Workspace:
         self.folder, self.writes = folder, writes
         folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Weights under a name, as they are."""
+    def save(self, name: str, state: Mapping[str, Tensor], halved: bool = False) -> None:
+        """Weights under a name, as they are, or halved: floating-point tensors as fp16, for results that only the pack needs."""
         if not self.writes:
             return
         path = self.folder / f"{name}.safetensors"
         beside = path.with_suffix(f".{os.getpid()}.part")
-        save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, beside)
+        save_file({key: _plain(value, halved) for key, value in state.items()}, beside)
         beside.replace(path)
 
     def has(self, name: str) -> bool:
@@ -71,3 +71,9 @@ class Workspace:
     def forget(self, name: str) -> None:
         if self.writes:
             (self.folder / f"{name}.resume").unlink(missing_ok=True)
+
+
+def _plain(value: Tensor, halved: bool) -> Tensor:
+    """A copy on the CPU that shares no memory with another tensor."""
+    tensor = value.detach().cpu().contiguous().clone()
+    return tensor.half() if halved and tensor.is_floating_point() else tensor

@@ -7,10 +7,13 @@ parameters, and onnxruntime folds every batch normalisation into the convolution
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+N = TypeVar("N", bound=nn.Module)
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -50,7 +53,8 @@ class Encoder(nn.Module):
         stem = unit(3, widths[0], 7 if stem_stride == 4 else 3, stem_stride)
         downs = [stem, *(unit(a, b, 3, 2) for a, b in zip(widths[:-1], widths[1:], strict=True))]
         self.stages = nn.ModuleList(
-            nn.Sequential(down, *(SeparableBlock(width) for _ in range(depth))) for down, width, depth in zip(downs, widths, depths, strict=True)
+            nn.Sequential(down, *(SeparableBlock(width) for _ in range(depth)))
+            for down, width, depth in zip(downs, widths, depths, strict=True)
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -80,5 +84,9 @@ class TopDown(nn.Module):
         return out
 
 
-def parameters_of(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def on_device(network: N, device: torch.device | str) -> N:
+    """Moved to a device, weights in the layout in which convolutions are fast there."""
+    network.to(device)
+    # torch's own types don't know this argument alone.
+    cast(Any, network).to(memory_format=torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format)
+    return network

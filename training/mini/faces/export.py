@@ -7,9 +7,12 @@ loads, computes in fp32. Node names are rewritten: insightface guesses a model's
 from __future__ import annotations
 
 import copy
+import itertools
+import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 OPSET = 18
 """The lowest opset that torch's exporter writes without converting; insightface and onnxruntime read all of them."""
@@ -35,7 +39,7 @@ def export_onnx(
     dynamic: input dimension -> name; dimension 0 is the batch. multiple: what dynamic heights and widths are divisible by.
     Raises ValueError when the file would answer differently from the module.
     """
-    whole = _traced(module, example, outputs, dynamic, input_name, multiple)
+    whole = _traced(folded(module), example, outputs, dynamic, input_name, multiple)
     halved = halve(whole)
     _refuse_misleading_names(halved)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +52,20 @@ def export_onnx(
     exact, stored = _run(whole, input_name, example), _run(halved, input_name, example)
     for name, a, b in zip(outputs, exact, expected, strict=True):
         if not np.allclose(a, b.numpy(), rtol=1e-3, atol=1e-3 * max(1.0, float(np.abs(a).max()))):
-            raise ValueError(f"{path.name}: output '{name}' differs from the module's by {np.abs(a - b.numpy()).max():.2g}; the export is wrong")
+            raise ValueError(
+                f"{path.name}: output '{name}' differs from the module's by {np.abs(a - b.numpy()).max():.2g}; the export is wrong"
+            )
     return max(float(np.abs(a - b).max()) for a, b in zip(exact, stored, strict=True))
+
+
+def folded(module: nn.Module) -> nn.Module:
+    """A copy in eval mode whose batch normalisations that follow a convolution in a Sequential have become part of it."""
+    copied = copy.deepcopy(module).eval()
+    for sequence in [m for m in copied.modules() if isinstance(m, nn.Sequential)]:
+        for index, (layer, after) in enumerate(itertools.pairwise(list(sequence))):
+            if isinstance(layer, nn.Conv2d) and isinstance(after, nn.BatchNorm2d):
+                sequence[index], sequence[index + 1] = fuse_conv_bn_eval(layer, after), nn.Identity()
+    return copied
 
 
 def halve(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -59,11 +75,12 @@ def halve(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     half = copy.deepcopy(model)
     graph = half.graph
-    casts = []
+    casts: list[onnx.NodeProto] = []
     for tensor in graph.initializer:
         if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) < _SMALLEST_HALVED:
             continue
-        values = numpy_helper.to_array(tensor).astype(np.float16)
+        with np.errstate(over="ignore"):  # refused in the next line, by name
+            values = numpy_helper.to_array(tensor).astype(np.float16)
         if not np.isfinite(values).all():
             raise ValueError(f"weight '{tensor.name}' has values beyond the range of fp16; it cannot be halved")
         stored = f"{tensor.name}_fp16"
@@ -78,15 +95,31 @@ def halve(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _traced(module: nn.Module, example: Tensor, outputs: Sequence[str], dynamic: Dims, input_name: str, multiple: int) -> onnx.ModelProto:
     """torch's exporter, and everything taken out of its graph that depends on this machine or this version."""
-    sizes = {dim: torch.export.Dim(name) if dim == 0 else multiple * torch.export.Dim(f"_{name}", min=1, max=1 << 12) for dim, name in dynamic.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own use of deprecated parts of torch
+    sizes = {
+        dim: torch.export.Dim(name) if dim == 0 else multiple * torch.export.Dim(f"_{name}", min=1, max=1 << 12)
+        for dim, name in dynamic.items()
+    }
+    with _quiet_exporter():
         program = torch.onnx.export(
-            module.eval(), (example,), input_names=[input_name], output_names=list(outputs), opset_version=OPSET,
+            module, (example,), input_names=[input_name], output_names=list(outputs), opset_version=OPSET,
             dynamic_shapes=(sizes,), dynamo=True, verbose=False,
         )  # fmt: skip
     assert program is not None
     return _cleaned(program.model_proto, dynamic)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the exporter's remarks on itself: that torchvision is not there, that it uses deprecated parts of torch."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _cleaned(model: onnx.ModelProto, dynamic: Dims) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 LATENT_SIZE = PICTURE_SIZE_PX // 4
 _PATCH_PX = 96
+_BATCHES_RENDERED_TOGETHER = 8
+"""Painting is some two thousand small operations: many pictures at once cost little more than a few."""
 _KL_WEIGHT = 1e-3
 """Large for an autoencoder: channels that the pictures don't need fall silent, and the flow has less noise to learn."""
 _PEOPLE, _SEED = 8192, 300
@@ -31,9 +34,7 @@ def train(context: Context, recipe: Recipe) -> Outcome:
     """Saves `autoencoder` (weights, with `shift` and `scale` of the latents as two extra scalars)."""
     device, workspace = context.device, context.workspace
     vae = AutoencoderKL(**vae_config()).to(device, memory_format=torch.channels_last)
-    everyone = sample_identities(_PEOPLE, _SEED)
-    generator = torch.Generator().manual_seed(_SEED)
-    batch = 4 if recipe.smoke else 128
+    patches = _patches(4 if recipe.smoke else 128, device)
 
     def forward(picture: Tensor) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(picture).latent_dist
@@ -43,16 +44,13 @@ def train(context: Context, recipe: Recipe) -> Outcome:
     compiled = torch.compile(forward) if device.type == "cuda" else forward
 
     def loss(progress: float) -> Losses:
-        scene = sample_scenes(batch, generator)
-        people = everyone[torch.randint(0, _PEOPLE, (batch,), generator=generator)]
-        with torch.no_grad():
-            picture = _patch(people.to(device), scene.to(device)).contiguous(memory_format=torch.channels_last)
+        picture = next(patches).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             restored, kl = compiled(picture)
         return _losses(restored, picture, kl)
 
     outcome = optimise("autoencoder", vae, recipe, workspace, loss)
-    shift, scale = _normalisation(vae.eval(), everyone[:512].to(device), generator)
+    shift, scale = _normalisation(vae.eval(), 16 if recipe.smoke else 512, device)
     workspace.save("autoencoder", vae.state_dict() | {"shift": torch.tensor(shift), "scale": torch.tensor(scale)})
     return outcome
 
@@ -80,6 +78,18 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         return vae.decode(raw).sample.float()
 
 
+def _patches(batch: int, device: torch.device) -> Iterator[Tensor]:
+    """Endless batches of patches [batch, 3, 96, 96]."""
+    everyone = sample_identities(_PEOPLE, _SEED)
+    generator = torch.Generator().manual_seed(_SEED)
+    n = batch * _BATCHES_RENDERED_TOGETHER
+    while True:
+        people = everyone[torch.randint(0, _PEOPLE, (n,), generator=generator)]
+        with torch.no_grad():
+            rendered = _patch(people.to(device), sample_scenes(n, generator).to(device))
+        yield from rendered.split(batch)
+
+
 def _patch(people: Tensor, scene: Scene) -> Tensor:
     """A 96-px window at full resolution: two of three near the head, where the detail is, the rest anywhere."""
     n, device = len(scene), people.device
@@ -105,10 +115,13 @@ def _losses(restored: Tensor, picture: Tensor, kl: Tensor) -> Losses:
 
 
 @torch.no_grad()
-def _normalisation(vae: AutoencoderKL, people: Tensor, generator: torch.Generator) -> tuple[float, float]:
-    """Mean of the latents and 1 / their standard deviation, as FLUX's shift and scaling factors."""
-    chunks = [render(p, sample_scenes(len(p), generator).to(p.device)) for p in people.split(64)]
-    modes = torch.cat([vae.encode(c.contiguous(memory_format=torch.channels_last)).latent_dist.mode() for c in chunks])
+def _normalisation(vae: AutoencoderKL, n: int, device: torch.device) -> tuple[float, float]:
+    """Mean of n pictures' latents and 1 / their standard deviation, as FLUX's shift and scaling factors."""
+    people, scenes = sample_identities(n, _SEED + 1, device), sample_scenes(n, _SEED + 1, device)
+    parts = [index.to(device) for index in torch.arange(n).split(64)]
+    pictures = [render(people[i], scenes.take(i)).contiguous(memory_format=torch.channels_last) for i in parts]
+    modes = torch.cat([vae.encode(picture).latent_dist.mode() for picture in pictures])
     scale = 1 / float(modes.std())
-    assert math.isfinite(scale), "the autoencoder's latents are constant"
+    if not math.isfinite(scale):
+        raise FloatingPointError("the autoencoder's latents are constant: it has learnt nothing; train it longer")
     return float(modes.mean()), scale

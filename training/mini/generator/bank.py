@@ -24,7 +24,7 @@ from training.mini.world.scene import CLOSE_UP, PORTRAIT, Scene, sample_scenes
 from training.mini.world.skeleton import keypoints
 
 REFERENCE_SIZE_PX = 112
-_CHUNK = 256
+_CHUNK = 1024
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,7 +114,7 @@ def train_guidance(context: Context, recipe: Recipe) -> Outcome:
         return {"loss": (error * batch.weights).mean()}
 
     outcome = optimise("guidance", student, recipe, workspace, loss, rounded=student.transformer)
-    workspace.save("guidance", student.state_dict())
+    workspace.save("guidance", student.state_dict(), halved=True)
     return outcome
 
 

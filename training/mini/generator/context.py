@@ -9,7 +9,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from training.mini.faces.recognisers import load_recogniser
 from training.mini.generator import autoencoder
 from training.mini.generator.bank import Bank, BankPlan, fill_bank
 from training.mini.workspace import Workspace
@@ -36,20 +35,22 @@ class Context:
     @cached_property
     def recogniser(self) -> nn.Module:
         """The conditioning recogniser (never the judge), frozen: crops [n, 3, 112, 112] in -1..1 -> [n, 512]."""
+        from training.mini.faces.recognisers import load_recogniser
+
         return load_recogniser(self.workspace.folder / "recogniser.safetensors").to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def base_bank(self) -> Bank:
-        return self._bank(BankPlan(people=49152, per_person=4, seed=_BASE_SEED))
+        return self._bank(BankPlan(people=16384, per_person=4, seed=_BASE_SEED))
 
     @cached_property
     def body_bank(self) -> Bank:
         """Full bodies above all: a close-up shows no arms."""
-        return self._bank(BankPlan(people=12288, per_person=4, seed=_BODY_SEED, framing=FULL_BODY))
+        return self._bank(BankPlan(people=10240, per_person=4, seed=_BODY_SEED, framing=FULL_BODY))
 
     @cached_property
     def reference_bank(self) -> Bank:
-        return self._bank(BankPlan(people=20480, per_person=4, seed=_REFERENCE_SEED, references=True))
+        return self._bank(BankPlan(people=14336, per_person=4, seed=_REFERENCE_SEED, references=True))
 
     def _bank(self, plan: BankPlan) -> Bank:
         people = 8 if self.smoke else plan.people

@@ -25,7 +25,7 @@ Attach = Callable[[References, Tensor, Tensor], dict[str, Any]]
 """(references, index of each item's reference [n], drop [n]: condition on nobody) -> arguments of TrainableFlux.velocity."""
 
 _UNCONDITIONAL = 0.05
-_IDENTITY_WEIGHT = 0.3
+_IDENTITY_WEIGHT = float(__import__("os").environ.get("LIKENESS_IDENTITY_WEIGHT", "0.3"))
 _IDENTITY_FROM = 0.15
 """Progress from which the identity loss counts: before, the faces are not yet the reference's at all."""
 
@@ -58,5 +58,5 @@ def train_adapter(name: str, module: nn.Module, attach: Attach, context: Context
         return {"loss": flow + _IDENTITY_WEIGHT * identity, "flow": flow.detach(), "cosine": cosine}
 
     outcome = optimise(name, module, recipe, context.workspace, loss, rounded=rounded)
-    context.workspace.save(name, module.state_dict())
+    context.workspace.save(name, module.state_dict(), halved=True)
     return outcome

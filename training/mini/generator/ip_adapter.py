@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.mini.flux_folder import XLabsAdapter
+from training.mini.xlabs_adapter import XLabsAdapter
 from training.mini.generator import vision
 from training.mini.generator.bank import References
 from training.mini.generator.context import Context

@@ -45,7 +45,7 @@ def train(context: Context, recipe: Recipe) -> Outcome:
         return {"loss": flow_loss(velocity, batch.clean, batch.noise, batch.weights)}
 
     outcome = optimise("lora", generator.transformer, recipe, context.workspace, loss)
-    context.workspace.save("lora", get_peft_model_state_dict(generator.transformer))
+    context.workspace.save("lora", get_peft_model_state_dict(generator.transformer), halved=True)
     return outcome
 
 

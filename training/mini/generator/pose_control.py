@@ -45,7 +45,7 @@ def train(context: Context, recipe: Recipe) -> Outcome:
         return {"loss": flow_loss(velocity, batch.clean, batch.noise)}
 
     outcome = optimise("pose-control", controlnet, recipe, workspace, loss, rounded=controlnet)
-    workspace.save("pose-control", controlnet.state_dict())
+    workspace.save("pose-control", controlnet.state_dict(), halved=True)
     return outcome
 
 

@@ -13,10 +13,10 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from training.mini.flux_folder import clip_text_config, t5_config
 from training.mini.generator.forward import Prompt
-from training.mini.tokenisers import build_tokenisers
+from training.mini.tokenisers import PROMPT_TOKENS, build_tokenisers
 
-TEXT_TOKENS = 48
-"""Length to which T5's tokens are padded, in training and in use (`max_sequence_length`): padding takes part in FLUX's attention."""
+TEXT_TOKENS = PROMPT_TOKENS
+"""48, the length to which T5's tokens are padded, in training and in use (`max_sequence_length`): padding takes part in FLUX's attention."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ def train(context: Context, recipe: Recipe) -> Outcome:
         return {"loss": face + picture, "eva": face.detach(), "clip": picture.detach()}
 
     outcome = optimise("vision", nn.ModuleList([encoders, heads]), recipe, context.workspace, loss)
-    context.workspace.save("vision", encoders.state_dict())
+    context.workspace.save("vision", encoders.state_dict(), halved=True)
     return outcome
 
 

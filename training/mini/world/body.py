@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from training.mini.world.canvas import Canvas, Grid, box, circle, ellipse
-from training.mini.world.clothes import paint_behind_neck, paint_collar, paint_shoes, paint_sleeve, paint_top, paint_trousers
+from training.mini.world.canvas import Canvas, Grid, box, ellipse
+from training.mini.world.clothes import paint_behind_neck, paint_collar, paint_shoes, paint_sleeves, paint_top, paint_trousers
 from training.mini.world.figure import Figure, figure_of
-from training.mini.world.joints import LEFT, NECK_Y, RIGHT, SOLE_Y
+from training.mini.world.joints import NECK_Y, SOLE_Y
 from training.mini.world.parsing import NECK, SKIN
 from training.mini.world.scene import Scene
 
-UPPER_ARM_RADIUS, FOREARM_RADIUS = (0.21, 0.185), (0.18, 0.135)
+_UPPER_ARM_RADII, _FOREARM_RADII = (0.21, 0.185), (0.18, 0.135)
 _NECK_HALF_WIDTH = 0.30
 _HAND_RADIUS, _HAND_BEYOND_WRIST = 0.185, 0.14
+_THUMB_RADIUS, _THUMB_INWARDS, _THUMB_FORWARD = 0.075, 0.15, 0.04
 
 
 def paint_body(canvas: Canvas, identity: Tensor, scene: Scene, grid: Grid) -> None:
@@ -30,8 +32,8 @@ def paint_body(canvas: Canvas, identity: Tensor, scene: Scene, grid: Grid) -> No
     paint_top(canvas, figure)
     _paint_neck(canvas, figure)
     paint_collar(canvas, figure)
-    for side in (RIGHT, LEFT):
-        _paint_arm(canvas, figure, side)
+    _paint_arms(canvas, figure)
+    paint_sleeves(canvas, figure)
 
 
 def _paint_neck(canvas: Canvas, figure: Figure) -> None:
@@ -43,27 +45,17 @@ def _paint_neck(canvas: Canvas, figure: Figure) -> None:
     figure.paint(canvas, torch.maximum(column, chin), figure.skin * 0.80, None)
 
 
-def _paint_arm(canvas: Canvas, figure: Figure, side: int) -> None:
-    joints = figure.joints
-    upper, _ = figure.limb(joints.shoulders, joints.elbows, side, UPPER_ARM_RADIUS)
-    fore, _ = figure.limb(joints.elbows, joints.wrists, side, FOREARM_RADIUS)
-    arm = torch.minimum(upper, fore)
-    inside = torch.maximum(arm - 0.10, 1.75 - figure.y)
-    figure.shadow(canvas, torch.maximum(inside, figure.torso()), 0.16)
-    figure.paint(canvas, arm, figure.skin, SKIN)
-    _paint_hand(canvas, figure, side)
-    paint_sleeve(canvas, figure, side)
+def _paint_arms(canvas: Canvas, figure: Figure) -> None:
+    """Bare arms and hands, with their shadow on the trunk."""
+    arms = torch.minimum(figure.upper_arms.tapered(*_UPPER_ARM_RADII), figure.forearms.tapered(*_FOREARM_RADII))
+    figure.shadow(canvas, torch.maximum(torch.maximum(arms - 0.10, 1.75 - figure.y), figure.torso), 0.16)
+    figure.paint(canvas, torch.minimum(arms, _hands(figure)), figure.skin, SKIN)
 
 
-def _paint_hand(canvas: Canvas, figure: Figure, side: int) -> None:
-    """A mitten: a round hand beyond the wrist, the thumb towards the body's middle."""
-    wrist, elbow = figure.joints.wrists[:, side], figure.joints.elbows[:, side]
-    direction = wrist - elbow
-    direction = direction / direction.norm(dim=-1, keepdim=True)
-    centre = wrist + _HAND_BEYOND_WRIST * direction
-    inwards = 1.0 if side == RIGHT else -1.0
-    thumb = centre + torch.stack((torch.full_like(centre[:, 0], inwards * 0.15), torch.full_like(centre[:, 0], -0.03)), dim=-1) + 0.05 * direction
-    cx, cy, tx, ty = (value.view(-1, 1, 1) for value in (*centre.unbind(-1), *thumb.unbind(-1)))
-    hand = circle(figure.x - cx, figure.y - cy, _HAND_RADIUS)
-    hand = torch.minimum(hand, circle(figure.x - tx, figure.y - ty, 0.075))
-    figure.paint(canvas, hand, figure.skin, SKIN)
+def _hands(figure: Figure) -> Tensor:
+    """Mittens: a round hand beyond each wrist, the thumb towards the middle of the body. Distance [n, H, W]."""
+    direction = functional.normalize(figure.joints.wrists - figure.joints.elbows, dim=-1)
+    inwards = torch.tensor(((1.0, 0.0), (-1.0, 0.0)), device=direction.device)
+    palms = figure.joints.wrists + _HAND_BEYOND_WRIST * direction
+    thumbs = palms + _THUMB_INWARDS * inwards + _THUMB_FORWARD * direction
+    return torch.minimum(figure.discs(palms, _HAND_RADIUS), figure.discs(thumbs, _THUMB_RADIUS))

@@ -13,8 +13,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import torch
 
-from training.mini.world.scene import CLOSE_UP, CLOTHES, COLOURS, EXPRESSIONS, FRAMINGS, LIGHTS, SCENES, Scene
-from training.mini.world.scene import ARMS as ARM_POSES
+from training.mini.world.scene import ARMS, CLOSE_UP, CLOTHES, COLOURS, EXPRESSIONS, FRAMINGS, LIGHTS, SCENES, Scene
 
 NULL_CAPTION: Final = ""
 """The caption of no condition at all."""
@@ -59,13 +58,22 @@ def _with_synonyms(canonical: tuple[str, ...], synonyms: tuple[_Options, ...]) -
     return tuple((phrase, *others) for phrase, others in zip(canonical, synonyms, strict=True))
 
 
-_SCENES: Final = _with_synonyms(SCENES, _SCENE_SYNONYMS)
-_EXPRESSIONS: Final = _with_synonyms(EXPRESSIONS, _EXPRESSION_SYNONYMS)
-_CLOTHES: Final = _with_synonyms(CLOTHES, _CLOTHES_SYNONYMS)
-_COLOURS: Final = _with_synonyms(COLOURS, _COLOUR_SYNONYMS)
-_LIGHTS: Final = _with_synonyms(LIGHTS, _LIGHT_SYNONYMS)
-_FRAMINGS: Final = _with_synonyms(FRAMINGS, _FRAMING_SYNONYMS)
-_ARMS: Final = _with_synonyms(ARM_POSES, _ARMS_SYNONYMS)
+PHRASES: Final = {
+    "scene": _with_synonyms(SCENES, _SCENE_SYNONYMS),
+    "clothes": _with_synonyms(CLOTHES, _CLOTHES_SYNONYMS),
+    "colour": _with_synonyms(COLOURS, _COLOUR_SYNONYMS),
+    "expression": _with_synonyms(EXPRESSIONS, _EXPRESSION_SYNONYMS),
+    "light": _with_synonyms(LIGHTS, _LIGHT_SYNONYMS),
+    "framing": _with_synonyms(FRAMINGS, _FRAMING_SYNONYMS),
+    "arms": _with_synonyms(ARMS, _ARMS_SYNONYMS),
+}
+"""Per field of Scene and per value of it, all phrases that say it, the canonical one first."""
+
+MEANINGS: Final = {
+    phrase: (field, value) for field, values in PHRASES.items() for value, options in enumerate(values) for phrase in options
+}
+"""Every phrase -> the field of Scene and the value that it says (no phrase says two things)."""
+
 _PERSON: Final = ("person", "character", "someone")
 _WEARING: Final = ("wearing", "in", "dressed in")
 _LIT: Final = ("with", "in", "under")
@@ -127,26 +135,26 @@ def _facts_of(scene: Scene) -> list[_Facts]:
 
 def _canonical(facts: _Facts) -> str:
     framing, garment = FRAMINGS[facts.framing], f"{COLOURS[facts.colour]} {CLOTHES[facts.clothes]}"
-    arms = "" if facts.framing == CLOSE_UP else f", {ARM_POSES[facts.arms]}"
+    arms = "" if facts.framing == CLOSE_UP else f", {ARMS[facts.arms]}"
     person = _a(f"{EXPRESSIONS[facts.expression]} person")
     return f"{_a(framing)} of {person} wearing {_a(garment)} {SCENES[facts.scene]} with {LIGHTS[facts.light]}{arms}"
 
 
 def _varied(facts: _Facts, chance: Callable[[], float]) -> str:
     """chance: the next random number in 0..1; at most _DRAWS of them are asked for."""
-    framing = _drop(_pick(_FRAMINGS[facts.framing], chance()), _DROP_OTHER, chance())
+    framing = _drop(_pick(PHRASES["framing"][facts.framing], chance()), _DROP_OTHER, chance())
     if framing and chance() < _FILLER_SHARE:
         framing = f"{_any(_FILLER, chance())} {framing}"
     garment = _garment(facts, chance)
-    light = _drop(_pick(_LIGHTS[facts.light], chance()), _DROP_LIGHT, chance())
-    arms = _drop(_pick(_ARMS[facts.arms], chance()), _DROP_ARMS if facts.framing != CLOSE_UP else 1.0, chance())
+    light = _drop(_pick(PHRASES["light"][facts.light], chance()), _DROP_LIGHT, chance())
+    arms = _drop(_pick(PHRASES["arms"][facts.arms], chance()), _DROP_ARMS if facts.framing != CLOSE_UP else 1.0, chance())
     pieces = {
         "framing": framing,
         "framing of": framing and f"{_a(framing)} of",
         "person": _person(facts, chance),
         "garment": garment,
         "wearing": garment and f"{_pick(_WEARING, chance())} {_a(garment)}",
-        "scene": _drop(_pick(_SCENES[facts.scene], chance()), _DROP_OTHER, chance()),
+        "scene": _drop(_pick(PHRASES["scene"][facts.scene], chance()), _DROP_OTHER, chance()),
         "light": light,
         "lit": light and f"{_pick(_LIT, chance())} {light}",
         "arms": arms,
@@ -158,7 +166,7 @@ def _varied(facts: _Facts, chance: Callable[[], float]) -> str:
 
 def _person(facts: _Facts, chance: Callable[[], float]) -> str:
     """With or without the expression: "a smiling person", "someone smiling", "a person"."""
-    expression = _drop(_pick(_EXPRESSIONS[facts.expression], chance()), _DROP_EXPRESSION, chance())
+    expression = _drop(_pick(PHRASES["expression"][facts.expression], chance()), _DROP_EXPRESSION, chance())
     person = _pick(_PERSON, chance())
     if person == "someone":
         return f"someone {expression}".rstrip()
@@ -166,9 +174,9 @@ def _person(facts: _Facts, chance: Callable[[], float]) -> str:
 
 
 def _garment(facts: _Facts, chance: Callable[[], float]) -> str:
-    """"red hoodie", sometimes without the colour, sometimes nothing."""
-    colour = _drop(_pick(_COLOURS[facts.colour], chance()), _DROP_OTHER, chance())
-    clothes = _pick(_CLOTHES[facts.clothes], chance())
+    """The top and its colour ("red hoodie"), sometimes without the colour, sometimes nothing."""
+    colour = _drop(_pick(PHRASES["colour"][facts.colour], chance()), _DROP_OTHER, chance())
+    clothes = _pick(PHRASES["clothes"][facts.clothes], chance())
     return _drop(f"{colour} {clothes}".lstrip(), _DROP_OTHER, chance())
 
 
@@ -191,8 +199,7 @@ def _pick(options: _Options, chance: float) -> str:
 
 
 def _vocabulary() -> tuple[str, ...]:
-    tables = (_SCENES, _EXPRESSIONS, _CLOTHES, _COLOURS, _LIGHTS, _FRAMINGS, _ARMS)
-    phrases = chain(_FUNCTION_WORDS, _PERSON, _WEARING, _LIT, _FILLER, _CLOSING, chain.from_iterable(chain.from_iterable(tables)))
+    phrases = chain(_FUNCTION_WORDS, _PERSON, _WEARING, _LIT, _FILLER, _CLOSING, MEANINGS)
     return tuple(sorted({word for phrase in phrases for word in words_of(phrase)}))
 
 

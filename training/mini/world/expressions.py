@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -24,8 +24,9 @@ class Expression:
     """Each [n, 1, 1]. Lengths in head units.
 
     open: height of the eyes, as a factor. lid: how far up the upper lid is, as a share of the eye's half height. squint: how
-    far the lower lid rises. slant: slope of the upper lid, falling outwards. lift: brows go up. worry: their inner ends go up (radians). width: of the mouth, as a factor. bend: corners above (positive)
-    or below its middle. upper, lower: how far the mouth opens above and below its line. teeth: switch.
+    far the lower lid rises. slant: slope of the upper lid, falling outwards. lift: brows go up. worry: their inner ends go
+    up (radians). width: of the mouth, as a factor. bend: corners above (positive) or below its middle. upper, lower: how far
+    the mouth opens above and below its line. teeth: switch.
     """
 
     open: Tensor
@@ -44,4 +45,4 @@ class Expression:
 def expression_of(index: Tensor) -> Expression:
     """index: [n] long, into scene.EXPRESSIONS."""
     row = torch.tensor(_MOVES, device=index.device)[index]
-    return Expression(**{field.name: row[:, i].view(-1, 1, 1) for i, field in enumerate(fields(Expression))})
+    return Expression(*(value.view(-1, 1, 1) for value in row.unbind(1)))

@@ -38,10 +38,10 @@ def sample_group(n: int, people: int, seed: int | torch.Generator, device: torch
         raise ValueError(f"{people} people do not fit side by side: a group has {min(_LAYOUT)} to {max(_LAYOUT)}")
     g = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     size, height, apart = _LAYOUT[people]
-    shared = sample_scenes(n, g, **fixed)
+    shared = sample_scenes(n, g, "cpu", **fixed)
     members = []
     for number in range(people):
-        own = sample_scenes(n, g, **{"arms": 0, **fixed, "framing": PORTRAIT})
+        own = sample_scenes(n, g, "cpu", **{"arms": 0, **fixed, "framing": PORTRAIT})
         place = (number - (people - 1) / 2) * apart + (torch.rand(n, generator=g) * 2 - 1) * _PLACE_SPREAD
         members.append(
             own.but(

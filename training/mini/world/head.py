@@ -1,4 +1,9 @@
-"""A head: its parts, from the back to the front. The only entrance to what is painted in front of the body."""
+"""A head: its parts, from the back to the front. The only entrance to what is painted in front of the body.
+
+"Left" and "right" in the parsing map are the person's own, as in CelebAMask-HQ: on a face that looks at the viewer the left eye is at
+the picture's right (checked against a label map published with it, MaskGAN_demo/samples/0.png: l_eye at x = 321 of 512, r_eye at 192).
+Brows are painted over the hair, so that a fringe never hides an expression.
+"""
 
 from __future__ import annotations
 

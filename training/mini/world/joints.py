@@ -17,8 +17,8 @@ from training.mini.world.scene import CLOSE_UP, Scene
 RIGHT, LEFT = 0, 1
 """Index of the person's own right (the picture's left) and left side."""
 
-NECK_Y, HIP_Y, SOLE_Y = 1.35, 2.85, 4.55
-_HIP, _KNEE, _ANKLE = (0.36, HIP_Y), (0.39, 3.62), (0.42, 4.32)
+NECK_Y, HIP_Y, SOLE_Y = 1.35, 2.85, 4.40
+_HIP, _KNEE, _ANKLE = (0.36, HIP_Y), (0.39, 3.56), (0.42, 4.18)
 # How broad the shoulders are, by sex (identity.sex): the only thing about a body that belongs to the person.
 _BREADTH = (0.94, 1.04)
 

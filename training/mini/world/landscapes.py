@@ -1,6 +1,6 @@
 """Places under the sky: beach, forest, snowy mountains, desert, city at night, park. Each function paints over a whole Sheet.
 
-Lowest in a picture is the ground on which a full figure stands (its feet are at y = 0.86); what tells the places apart is at
+Lowest in a picture is the ground on which a full figure stands (its feet are at y = 0.82); what tells the places apart is at
 the sides and at the top, where a head in close-up does not hide it.
 """
 
@@ -61,12 +61,12 @@ def forest(sheet: Sheet) -> None:
     x, y = sheet.x, sheet.y
     sheet.wash("#dcefb4", "#7fb56f", (y + 1) / 1.7)
     _trunks(sheet, 0, (-0.92, -0.52, -0.18, 0.22, 0.55, 0.88), 0.045, "#9fc58a")
-    sheet.fill(-scallop_line(sheet, 3, 0.34, 0.30, 0.26), "#8cbb72")
+    _bushes(sheet, 3, 0.34, 0.30, 0.26, "#8cbb72")
     _trunks(sheet, 1, (-0.72, -0.32, 0.36, 0.76), 0.065, "#5f8f5a")
     _crown(sheet, 4, 0.50, -0.86, 0.34, "#5c9a57")
     _trunks(sheet, 2, (-0.90, 0.92), 0.105, "#5b4330")
     _crown(sheet, 5, 0.62, -1.06, 0.42, "#2f6b41")
-    sheet.fill(-scallop_line(sheet, 6, 0.30, 0.62, 0.20), "#3f7f47")
+    _bushes(sheet, 6, 0.30, 0.62, 0.20, "#3f7f47")
     sheet.fill(0.70 - y + 0.03 * torch.sin(x * 3 + sheet.vary(7) * _TURN), "#6f8f4e")
 
 
@@ -84,10 +84,10 @@ def _crown(sheet: Sheet, shift: int, period: float, y: float, radius: float, col
     sheet.fill(torch.minimum(row, sheet.y - y), colour)
 
 
-def scallop_line(sheet: Sheet, shift: int, period: float, y: float, radius: float) -> Tensor:
-    """Positive under a row of bushes whose centres lie on y."""
+def _bushes(sheet: Sheet, shift: int, period: float, y: float, radius: float, colour: Colour) -> None:
+    """A row of bushes whose centres lie on y, solid from there downwards."""
     row = scallops(sheet.x + sheet.vary(shift, 0.0, period), sheet.y - y, period, radius)
-    return -torch.minimum(row, y - sheet.y)
+    sheet.fill(torch.minimum(row, y - sheet.y), colour)
 
 
 def mountains(sheet: Sheet) -> None:
@@ -168,8 +168,8 @@ def city(sheet: Sheet) -> None:
     sheet.glow(moon, y + 0.74, 0.26, "#cfd4ff", 0.35)
     sheet.fill(circle(moon, y + 0.74, 0.115), "#fbf3cf")
     _stars(sheet)
-    _towers(sheet, 1, 0.29, -0.46, 0.55, "#332f6b", "#8f7ac0")
-    _towers(sheet, 2, 0.40, -0.28, 0.75, "#171a40", "#ffd873")
+    _towers(sheet, 1, 0.34, -0.50, 0.55, "#352f6e", "#8a76bd")
+    _towers(sheet, 2, 0.46, -0.32, 0.75, "#171a40", "#ffd873")
     sheet.fill(0.70 - y, "#2a2b4d")
     sheet.fill(box(x, y - 0.70, 2.0, 0.025), "#4a4a78")
 
@@ -192,10 +192,10 @@ def _towers(sheet: Sheet, shift: int, width: float, top: float, spread: float, w
     half = width * 0.47
     tower = torch.maximum(x.abs() - half, roof - sheet.y)
     sheet.fill(tower, wall)
-    across, floors = half * 2 / 3.4, 0.105
+    across, floors = half * 2 / 3.4, 0.15
     place, u = cell(x / across + 0.5)
     floor, v = cell((sheet.y - roof) / floors)
-    lit = (chance(seed + 991, column, place, floor) > 0.42).float() * (floor > 0).float() * (place.abs() < 2).float()
+    lit = (chance(seed + 991, column, place, floor) > 0.40).float() * (floor > 0).float() * (place.abs() < 2).float()
     sheet.fill(torch.maximum(box(u * across, v * floors, across * 0.29, floors * 0.27), tower), window, lit)
 
 
@@ -205,7 +205,7 @@ def park(sheet: Sheet) -> None:
     sheet.wash("#5fb4f0", "#dff3fd", (y + 1) / 1.2)
     for place, height, size in ((-0.62, -0.74, 1.0), (0.66, -0.58, 0.8)):
         _cloud(sheet, x - place - sheet.vary(0, -0.2, 0.2), y - height, size)
-    sheet.fill(-scallop_line(sheet, 2, 0.26, 0.16, 0.17), "#7fc07c")
+    _bushes(sheet, 2, 0.26, 0.16, 0.17, "#7fc07c")
     sheet.fill(0.18 + 0.03 * torch.sin(x * 2.2 + sheet.vary(3) * _TURN) - y, "#8ed06a")
     _path(sheet)
     side = sheet.side(1)
@@ -222,7 +222,7 @@ def _cloud(sheet: Sheet, x: Tensor, y: Tensor, size: float) -> None:
 def _path(sheet: Sheet) -> None:
     depth = ((sheet.y - 0.2) / 0.8).clamp(0, 1)
     middle = 0.15 * torch.sin(depth * 3 + sheet.vary(5) * _TURN)
-    sheet.fill(torch.maximum((sheet.x - middle).abs() - 0.05 - 0.55 * depth**1.5, 0.22 - sheet.y), "#ecd9ae")
+    sheet.fill(torch.maximum((sheet.x - middle).abs() - 0.04 - 0.38 * depth**1.5, 0.22 - sheet.y), "#ecd9ae")
 
 
 def _round_tree(sheet: Sheet, x: Tensor, y: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from training.mini.world import parsing
-from training.mini.world.shapes import oval
+from training.mini.world.shapes import oval, smooth_max
 from training.mini.world.sitter import Sitter
 
 _INSIDE, _TEETH, _TONGUE = (0.36, 0.08, 0.11), (0.99, 0.98, 0.96), (0.86, 0.38, 0.40)
@@ -40,15 +40,10 @@ def _paint_lips(sitter: Sitter, across: Tensor, down: Tensor, reach: Tensor, hal
 def _paint_opening(sitter: Sitter, across: Tensor, down: Tensor, half: Tensor) -> None:
     """Teeth hang from the upper edge, the tongue lies on the lower one; a closed mouth has an opening of no area."""
     face = sitter.expression
-    height = torch.where(down < 0, face.upper, face.lower)
-    opening = oval(across, down, half * 0.90, height + 0.001)
+    opening = smooth_max(oval(across, down, half * 0.90, face.lower + 0.004), -down - face.upper, 0.03)
     opened = sitter.cover(opening) * (face.lower > 0).to(opening.dtype)
-    sitter.canvas.paint(opened, sitter.flat(_rgb(_INSIDE, opening)), parsing.MOUTH)
+    sitter.canvas.paint(opened, sitter.fixed(_INSIDE), parsing.MOUTH)
     tongue = oval(across, down - face.lower, half * 0.55, face.lower * 0.45 + 0.001)
-    sitter.canvas.paint(sitter.cover(tongue) * opened, sitter.flat(_rgb(_TONGUE, opening)))
+    sitter.canvas.paint(sitter.cover(tongue) * opened, sitter.fixed(_TONGUE))
     teeth = down - (face.lower * 0.30 + 0.02)
-    sitter.canvas.paint(sitter.cover(teeth) * opened * face.teeth, sitter.flat(_rgb(_TEETH, opening)))
-
-
-def _rgb(colour: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(colour, device=like.device).view(1, 3, 1, 1)
+    sitter.canvas.paint(sitter.cover(teeth) * opened * face.teeth, sitter.fixed(_TEETH))

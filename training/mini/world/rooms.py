@@ -1,10 +1,12 @@
 """Places under a roof: office, cafe, photo studio, library. Each function paints one place over a whole Sheet.
 
-Lowest in a picture is the floor on which a full figure stands (its feet are at y = 0.86); what tells the places apart is at
+Lowest in a picture is the floor on which a full figure stands (its feet are at y = 0.82); what tells the places apart is at
 the sides and at the top, where a head in close-up does not hide it.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from training.mini.world.canvas import box, circle, ellipse
 from training.mini.world.sheet import Sheet, cell, chance
 
 _BACKDROPS = ("#e6b4a2", "#a3c4d9", "#b4ccab", "#cdb5de", "#e3cf9e")
-_BOOKS = ("#b04a3f", "#3a5c8c", "#4f8260", "#d3a44c", "#e8d9ba", "#7a4c78")
+_BOOKS = ("#a84a3e", "#3d5f8a", "#54805f", "#c99a4a", "#8a5a46")
+_SHELF_HEIGHT, _SHELVES_FROM, _BOARD, _BOOK_WIDTH = 0.565, 1.0, 0.035, 0.145
+_TILT_COS, _TILT_SIN = math.cos(-0.35), math.sin(-0.35)
 
 
 def office(sheet: Sheet) -> None:
@@ -50,12 +54,13 @@ def _monitor(sheet: Sheet, x: Tensor, y: Tensor) -> None:
     sheet.fill(box(x, y, 0.185, 0.115), sheet.mix("#5fa8d8", "#8fd0c8", x * 2 + 0.5))
 
 
-def _plant(sheet: Sheet, x: Tensor, base: Tensor) -> None:
+def _plant(sheet: Sheet, x: Tensor, y: Tensor) -> None:
+    """y from the foot of the pot. Five leaves, the upright ones in front."""
     for angle, colour in ((-0.8, "#3f8f5a"), (0.8, "#3f8f5a"), (-0.35, "#57ab6c"), (0.35, "#57ab6c"), (0.0, "#6fbf7c")):
-        tilt = torch.tensor(angle)
-        along, across = -(base + 0.10) * float(tilt.cos()) + x * float(tilt.sin()), x * float(tilt.cos()) + (base + 0.10) * float(tilt.sin())
+        along = x * math.sin(angle) - (y + 0.10) * math.cos(angle)
+        across = x * math.cos(angle) + (y + 0.10) * math.sin(angle)
         sheet.fill(ellipse(along - 0.19, across, 0.21, 0.062), colour)
-    sheet.fill(torch.maximum(x.abs() - 0.10 + 0.25 * (base + 0.06), (base + 0.06).abs() - 0.08), "#e9e4dc")
+    sheet.fill(torch.maximum(x.abs() - 0.10 + 0.25 * (y + 0.06), (y + 0.06).abs() - 0.08), "#e9e4dc")
 
 
 def cafe(sheet: Sheet) -> None:
@@ -96,54 +101,51 @@ def _cups(sheet: Sheet, x: Tensor, y: Tensor) -> None:
 
 
 def studio(sheet: Sheet) -> None:
-    """A roll of coloured paper with a pool of light on it, a dark room and two softboxes around."""
+    """A roll of coloured paper with a pool of light on it, two softboxes in the dark beside it."""
     x, y = sheet.x, sheet.y
-    palette = torch.cat([sheet.tone(colour) for colour in _BACKDROPS])
-    paper = palette[(sheet.vary(1) * len(_BACKDROPS)).long().clamp_max(len(_BACKDROPS) - 1).flatten()][:, :, None, None].flatten(2)[..., None]
-    sheet.wash("#3d3f4a", "#2c2d36", (y + 1) / 2)
-    half = 0.83 + 0.07 * (y - 0.45).clamp_min(0) * 4
-    sheet.fill(x.abs() - half, paper * 0.86)
-    centre = sheet.vary(0, -0.12, 0.12)
-    light = torch.exp(-((x - centre) ** 2 + (y + 0.15) ** 2) / 0.75)
-    sheet.fill(x.abs() - half, (paper * 1.14).clamp(0, 1), light)
-    sheet.fill(torch.maximum(x.abs() - half, 0.62 - y), paper * 0.80, 0.35)
+    sheet.wash("#4a4d5a", "#34353f", (y + 1) / 2)
+    sheet.fill(0.66 - y, "#2a2b33")
+    paper = sheet.choose(_BACKDROPS, 1)
+    sweep = torch.maximum(x.abs() - 0.80 - 0.10 * ((y - 0.5) / 0.4).clamp(0, 1) ** 2, -0.96 - y)
+    sheet.fill(sweep, paper * 0.84)
+    spread = (x - sheet.vary(0, -0.12, 0.12)) ** 2 + (y + 0.15) ** 2
+    sheet.fill(sweep, (paper * 1.14).clamp(0, 1), torch.exp(-spread / 0.75))
+    sheet.fill(torch.maximum(sweep, 0.66 - y), paper * 0.72, 0.30)
+    sheet.fill(box(x, y + 0.96, 0.86, 0.03), "#1f2027")
     for side in (-1.0, 1.0):
-        _softbox(sheet, x * side - 0.86, y + 0.66)
+        _softbox(sheet, x * side - 0.83, y + 0.62)
 
 
 def _softbox(sheet: Sheet, x: Tensor, y: Tensor) -> None:
-    """x: from the axis of its stand, outwards."""
-    sheet.glow(x, y, 0.34, "#fff6e0", 0.55)
-    sheet.fill(box(x - 0.07, y - 1.0, 0.012, 1.0), "#15161b")
-    leaning_x, leaning_y = x * 0.94 + y * 0.34, y * 0.94 - x * 0.34
-    sheet.fill(box(leaning_x, leaning_y, 0.15, 0.22), "#17181d")
-    sheet.fill(box(leaning_x, leaning_y, 0.125, 0.195), "#fffaf0")
+    """x grows outwards from the middle of the box, which looks down and inwards."""
+    sheet.glow(x, y, 0.36, "#fff6e0", 0.45)
+    sheet.fill(box(x - 0.09, y - 1.0, 0.012, 1.0), "#15161b")
+    along, across = y * _TILT_COS - x * _TILT_SIN, x * _TILT_COS + y * _TILT_SIN
+    sheet.fill(box(across, along, 0.145, 0.225), "#17181d")
+    sheet.fill(box(across, along, 0.12, 0.20), "#fffaf0")
 
 
 def library(sheet: Sheet) -> None:
     """Shelves full of books in a few colours."""
-    sheet.wash("#4a2c1c", "#3a2116", (sheet.y + 1) / 2)
-    _books(sheet)
-    shelf = torch.remainder(sheet.y + 0.92, _SHELF_HEIGHT) - _SHELF_HEIGHT / 2
-    sheet.fill(_SHELF_HEIGHT / 2 - 0.032 - shelf.abs(), "#a06a3d")
-    upright = torch.remainder(sheet.x + sheet.vary(0, 0.0, 1.1), 1.1) - 0.55
-    sheet.fill(upright.abs() - 0.04, "#b57b48")
-    sheet.fill(0.74 - sheet.y, "#c79563")
-    sheet.fill(box(sheet.x, sheet.y - 0.72, 2.0, 0.035), "#7d4f2d")
+    x, y = sheet.x, sheet.y
+    sheet.wash("#57341f", "#452818", (y + 1) / 2)
+    _paint_books(sheet)
+    shelf = torch.remainder(y + _SHELVES_FROM, _SHELF_HEIGHT) - _SHELF_HEIGHT / 2
+    sheet.fill(_SHELF_HEIGHT / 2 - _BOARD - shelf.abs(), "#a9713f")
+    upright = torch.remainder(x + sheet.vary(0, 0.0, 1.3), 1.3) - 0.65
+    sheet.fill(upright.abs() - 0.045, "#bb8049")
+    sheet.fill(0.70 - y, "#cf9f6b")
+    sheet.fill(box(x, y - 0.70, 2.0, 0.04), "#7d4f2d")
 
 
-_SHELF_HEIGHT, _BOOK_WIDTH = 0.46, 0.098
-
-
-def _books(sheet: Sheet) -> None:
-    row, y = cell((sheet.y + 0.92) / _SHELF_HEIGHT)
-    seed = sheet.seed(1)
+def _paint_books(sheet: Sheet) -> None:
+    row, y = cell((sheet.y + _SHELVES_FROM) / _SHELF_HEIGHT)
     column, x = cell((sheet.x + sheet.vary(2)) / _BOOK_WIDTH)
-    x, y = x * _BOOK_WIDTH, y * _SHELF_HEIGHT
-    height = 0.26 + 0.10 * chance(seed, row, column)
-    standing = torch.maximum(x.abs() - 0.043, torch.maximum(_SHELF_HEIGHT / 2 - 0.03 - height - y, y - _SHELF_HEIGHT / 2 + 0.03))
-    choice = (chance(seed + 77, row, column) * len(_BOOKS)).long()
+    x, y, seed = x * _BOOK_WIDTH, y * _SHELF_HEIGHT, sheet.seed(1)
+    foot = _SHELF_HEIGHT / 2 - _BOARD
+    head = foot - 0.34 - 0.10 * chance(seed, row, column)
+    book = torch.maximum(x.abs() - _BOOK_WIDTH * 0.45, torch.maximum(head - y, y - foot))
     palette = torch.cat([sheet.tone(colour) for colour in _BOOKS])[:, :, 0, 0]
-    sheet.fill(standing, palette[choice].permute(0, 3, 1, 2))
-    band = (y + _SHELF_HEIGHT / 2 - 0.03 - 0.36 + height - 0.0).abs()
-    sheet.fill(torch.maximum(band - 0.018, standing), "#f4e6c4", 0.55)
+    which = (chance(seed + 77, row, column) * len(_BOOKS)).long()
+    sheet.fill(book, palette[which].permute(0, 3, 1, 2))
+    sheet.fill(torch.maximum((y - head - 0.09).abs() - 0.02, book), "#f0dfb8", 0.6)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Added to the distance of a shape that is not there (a batch mixes people with and without): more than any picture is wide.
+GONE = 9.0
 _EPS = 1e-6
 
 
@@ -31,13 +33,13 @@ def rounded_box(x: Tensor, y: Tensor, half_width: Tensor, half_height: Tensor, r
     return outside + torch.maximum(dx, dy).clamp_max(0) - radius
 
 
-def smooth_max(a: Tensor, b: Tensor, rounding: float) -> Tensor:
+def smooth_max(a: Tensor, b: Tensor, rounding: Tensor | float) -> Tensor:
     """Intersection of two shapes with the corner between them rounded over about `rounding` (polynomial smooth maximum)."""
     mix = (0.5 + 0.5 * (a - b) / rounding).clamp(0, 1)
     return torch.lerp(b, a, mix) + rounding * mix * (1 - mix)
 
 
-def smooth_min(a: Tensor, b: Tensor, rounding: float) -> Tensor:
+def smooth_min(a: Tensor, b: Tensor, rounding: Tensor | float) -> Tensor:
     """Union of two shapes with the corner between them filled over about `rounding`."""
     return -smooth_max(-a, -b, rounding)
 

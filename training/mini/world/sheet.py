@@ -49,6 +49,11 @@ class Sheet:
         levels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         return torch.tensor(levels, device=self.x.device).view(1, 3, 1, 1)
 
+    def choose(self, colours: tuple[str, ...], index: int) -> Tensor:
+        """One of some colours per picture, by Scene.variation[:, index]; [n, 3, 1, 1]."""
+        palette = torch.cat([self.tone(colour) for colour in colours])
+        return palette[(self._variation[:, index] * len(colours)).long()]
+
     def mix(self, first: Colour, second: Colour, amount: Tensor) -> Tensor:
         """first at amount 0, second at 1. amount: [n, 1, 1] or [n, H, W], clamped."""
         start = self.tone(first)

@@ -26,14 +26,14 @@ _SHADOW_RGB = (0.80, 1.0, 0.95)
 
 @dataclass(frozen=True, eq=False)
 class Sitter:
-    """One head a picture, ready to be painted. shade: [n, 1, H, W], 0 in the light .. strength of the light in the shadow."""
+    """One head a picture, ready to be painted. shading: [n, 3, H, W], what the light leaves of a colour: 1 outside the shadow."""
 
     canvas: Canvas
     traits: Traits
     frame: HeadFrame
     expression: Expression
     light: Light
-    shade: Tensor
+    shading: Tensor
 
     @property
     def pose(self) -> HeadPose:
@@ -45,31 +45,43 @@ class Sitter:
 
     def lit(self, colour: Tensor) -> Tensor:
         """A colour [n, 3, 1, 1] of the head's surface under the scene's light: [n, 3, H, W]."""
-        dark = torch.tensor(_SHADOW_RGB, device=colour.device).view(1, 3, 1, 1)
-        return (colour * self.light.tint * (1 - self.shade * dark)).clamp(0, 1)
+        return self.flat(colour) * self.shading
 
     def flat(self, colour: Tensor) -> Tensor:
         """A colour that takes the tint of the light but no shadow (eyes, teeth, frames of glasses)."""
         return (colour * self.light.tint).clamp(0, 1)
 
+    def fixed(self, colour: tuple[float, float, float]) -> Tensor:
+        """A flat colour that is the same for everybody: [n, 3, 1, 1]."""
+        return self.flat(torch.tensor(colour, device=self.shading.device).view(1, 3, 1, 1))
+
+    def paint_sides(self, coverage: Tensor, colour: Tensor, at_left: Tensor, labels: tuple[int, int]) -> None:
+        """Paints a mirrored pair at once. at_left: bool [n, H, W], where the picture's left one of the two is;
+        labels: the classes of the picture's left and right one."""
+        self.canvas.paint(coverage, colour)
+        mine = torch.where(at_left, labels[0], labels[1])
+        self.canvas.labels = torch.where(coverage > 0.5, mine, self.canvas.labels)
+
 
 def sitter(canvas: Canvas, identity: Tensor, scene: Scene, grid: Grid) -> Sitter:
     traits, light = traits_of(identity), light_of(scene)
     frame = head_frame(head_pose(scene, traits.width), grid)
-    return Sitter(canvas, traits, frame, expression_of(scene.expression), light, _shade(frame, light))
+    return Sitter(canvas, traits, frame, expression_of(scene.expression), light, _shading(frame, light))
 
 
-def _shade(frame: HeadFrame, light: Light) -> Tensor:
+def _shading(frame: HeadFrame, light: Light) -> Tensor:
     """Two tones with a soft border between them, as on a ball: shadow where the surface turns away from the light."""
     x, y = frame.x / frame.pose.width, frame.y
     facing = light.x * x + light.y * y + 0.55 * (1 - 0.8 * (x * x + y * y)).clamp_min(0).sqrt()
-    return (light.strength * ramp(facing, 0.34, -0.02))[:, None]
+    dark = torch.tensor(_SHADOW_RGB, device=x.device).view(1, 3, 1, 1)
+    return 1 - dark * (light.strength * ramp(facing, 0.34, -0.02))[:, None]
 
 
 def skull(x: Tensor, y: Tensor, traits: Traits) -> Tensor:
     """Distance to the outline of the bare head, from the crown to the chin."""
     down = y.clamp_min(0)
-    half = traits.width * (1 - traits.taper * down * down)
+    # Far below the chin the taper would pass through zero, and the level through infinity.
+    half = traits.width * (1 - traits.taper * down * down).clamp_min(0.3)
     power = torch.where(y > 0, traits.square, _CROWN)
     level = ((x / half).abs().clamp_min(1e-4) ** power + y.abs().clamp_min(1e-4) ** power) ** (1 / power)
     return (level - 1) * traits.width

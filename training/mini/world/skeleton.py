@@ -36,6 +36,8 @@ COLOURS_RGB255 = (
 _LIMB_BRIGHTNESS = 0.6
 # Half width of a limb and radius of a joint there: 4 pixels of 512; here in picture coordinates.
 _STICK = 4 * 2 / 512
+# Where the ears sit on a head (share of its width, share of their own size; height), and how far they slide against a turn or a nod.
+_EAR_OUT, _EAR_FREE, _EAR_Y, _EAR_SLIDE = 0.97, 0.40, 0.10, 0.30
 
 
 def keypoints(identity: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
@@ -51,9 +53,11 @@ def keypoints(identity: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 def _ears(identity: Tensor, scene: Scene) -> Tensor:
-    """[n, 2, 2]: at the height of the nose's bridge on either rim of the head, the right one (the picture's left) first."""
-    pose = head_pose(scene, traits_of(identity).width)
-    ears = [torch.cat(pose.to_picture(side * pose.width, torch.zeros_like(pose.width)), dim=-1) for side in (-1, 1)]
+    """[n, 2, 2]: the middle of what the head leaves free of each ear (face.paint_ears), the right one (the picture's left) first."""
+    traits = traits_of(identity)
+    pose = head_pose(scene, traits.width)
+    out, height = _EAR_OUT * traits.width + _EAR_FREE * traits.ear, _EAR_Y - _EAR_SLIDE * pose.nod
+    ears = [torch.cat(pose.to_picture(side * out - _EAR_SLIDE * pose.turn, height), dim=-1) for side in (-1, 1)]
     return torch.cat(ears, dim=1)
 
 

@@ -28,7 +28,8 @@ GLASSES: Final = ("none", "round", "square")
 ) = range(2, 40)  # fmt: skip
 
 _SKINS: Final = (
-    (1.00, 0.87, 0.79), (0.98, 0.80, 0.68), (0.93, 0.71, 0.55), (0.82, 0.59, 0.42), (0.67, 0.45, 0.31), (0.50, 0.33, 0.23), (0.37, 0.24, 0.17),
+    (1.00, 0.87, 0.79), (0.98, 0.80, 0.68), (0.93, 0.71, 0.55), (0.82, 0.59, 0.42),
+    (0.67, 0.45, 0.31), (0.50, 0.33, 0.23), (0.37, 0.24, 0.17),
 )  # fmt: skip
 _HAIRS: Final = (
     (0.11, 0.10, 0.12), (0.24, 0.15, 0.11), (0.42, 0.26, 0.15), (0.52, 0.20, 0.11), (0.83, 0.40, 0.14),
@@ -208,7 +209,7 @@ def _skin(q: Tensor) -> Tensor:
     place = q[:, _SKIN] * (len(_SKINS) - 1.001)
     index = place.long()
     tone = torch.lerp(palette[index], palette[index + 1], (place - index)[:, None])
-    warmth = (q[:, _WARMTH, None] - 0.5) * torch.tensor([0.05, -0.01, -0.06], device=q.device)
+    warmth = (q[:, _WARMTH, None] - 0.5) * torch.tensor([0.08, -0.01, -0.09], device=q.device)
     return _colour((tone + warmth).clamp(0, 1))
 
 

@@ -1,0 +1,57 @@
+"""The small models and the inputs for which goldens/ holds what the reference computed. make_goldens.py and the tests share them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from deployments.identity.eva_clip import EvaConfig
+from deployments.identity.pulid import SCALES, PuLIDConfig
+from tests.named_weights import fill, named_tensor
+
+# The reference taps blocks 4, 8, ... 20 whatever its size: hence so deep. The grids differ, so that positions are interpolated.
+EVA = EvaConfig(image_size=28, patch_size=7, width=32, depth=21, heads=2, mlp_width=85, embed_dim=24, rope_grid=3)
+
+# The reference has 1024 and 1280 written into its input layers.
+PULID = PuLIDConfig(
+    dim=32, depth=10, heads=2, head_dim=8, ff_mult=2, id_tokens=2, queries=4, output_dim=24, vision_tokens=3,
+    ca_dim=32, ca_heads=2, ca_head_dim=12, double_interval=2, single_interval=4, num_double=3, num_single=5,
+)  # fmt: skip
+FLUX: dict[str, Any] = {
+    "patch_size": 1, "in_channels": 8, "num_layers": 3, "num_single_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 20, "pooled_projection_dim": 12, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+WEIGHTS = (0.75, 2.0)
+
+
+def transformer() -> FluxTransformer2DModel:
+    model = FluxTransformer2DModel(**FLUX)
+    fill(model)
+    return model.eval()
+
+
+def eva_input() -> Tensor:
+    return named_tensor("pixels", 2, 3, EVA.image_size, EVA.image_size)
+
+
+def encoder_input() -> tuple[Tensor, list[Tensor]]:
+    """The condition and five states of two people."""
+    condition = named_tensor("condition", 2, PULID.face_dim + PULID.vision_dim)
+    return condition, [named_tensor(f"state_{index}", 2, PULID.vision_tokens, PULID.vision_width) for index in range(SCALES)]
+
+
+def flux_input() -> dict[str, Any]:
+    """Two calls at once: a picture of 3 x 2 tokens and four tokens of text."""
+    rows = torch.tensor([[0.0, float(y), float(x)] for y in range(3) for x in range(2)])
+    return {
+        "hidden_states": named_tensor("picture", 2, len(rows), FLUX["in_channels"]),
+        "encoder_hidden_states": named_tensor("text", 2, 4, FLUX["joint_attention_dim"]),
+        "pooled_projections": named_tensor("pooled", 2, FLUX["pooled_projection_dim"]),
+        "timestep": torch.tensor([0.25, 0.9]),
+        "guidance": torch.tensor([1.0, 3.5]),
+        "img_ids": rows,
+        "txt_ids": torch.zeros(4, 3),
+    }
