@@ -34,7 +34,9 @@ def import_files(folder: Path, into: Path) -> list[Path]:
     pieces = sorted(folder.glob(f"{_PREFIX}[0-9][0-9][0-9]"))
     expected = [folder / f"{_PREFIX}{number:03d}" for number in range(len(pieces))]
     if not pieces or pieces != expected:
-        raise FileNotFoundError(f"{folder} must hold {_PREFIX}000, {_PREFIX}001, ... without a gap; found {[p.name for p in pieces] or 'none'}")
+        raise FileNotFoundError(
+            f"{folder} must hold {_PREFIX}000, {_PREFIX}001, ... without a gap; found {[p.name for p in pieces] or 'none'}"
+        )
     into.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))) as tar:
         tar.extractall(into, filter="data")

@@ -1,6 +1,6 @@
 """Writes model folders that stock `from_pretrained` opens: the FLUX pipeline, the ControlNet, the CLIP picture encoder.
 
-Matrices of the transformer and the ControlNet are stored as fp8, everything else as fp16; configs say float32, so that both
+Matrices of everything but the autoencoder are stored as fp8, the rest as fp16; configs say float32, so that both
 libraries compute in it. Configs hold no path of the machine that wrote them. Knows no sizes: models bring their own.
 """
 
@@ -72,7 +72,7 @@ def _save_transformers(out: Path, model: PreTrainedModel) -> None:
     """dtype float32 in the config: what `dtype="auto"`, the default of transformers 5, computes in."""
     config = json.loads(model.config.to_json_string())
     _write_json(out / "config.json", config | {"architectures": [type(model).__name__], "dtype": "float32"})
-    save_weights(out / "model.safetensors", stored(model.state_dict()))
+    save_weights(out / "model.safetensors", stored(model.state_dict(), MATRIX_DTYPE))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

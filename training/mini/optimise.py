@@ -110,11 +110,14 @@ class _Run:
         bar.set_postfix_str(f"step {self.schedule.steps}  {text}")
         if bar.disable and main_process():
             took = 1000 * (time.monotonic() - self.started) / self.schedule.steps
-            print(f"{self.name:>12} {100 * self.schedule.fraction():5.1f} %  step {self.schedule.steps:6d}  {took:6.1f} ms  {text}", flush=True)
+            print(
+                f"{self.name:>12} {100 * self.schedule.fraction():5.1f} %  step {self.schedule.steps:6d}  {took:6.1f} ms  {text}",
+                flush=True,
+            )
 
     def finish(self) -> Outcome:
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
+            torch._foreach_copy_(list[Tensor](self.parameters), self.average)
         self.workspace.forget(self.name)
         return {"steps": self.schedule.steps, "seconds": round(self.schedule.elapsed(), 1), "devices": processes(), **self.losses}
 
@@ -131,7 +134,7 @@ class _Run:
         if state is None:
             return
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, state["parameters"])
+            torch._foreach_copy_(list[Tensor](self.parameters), state["parameters"])
             torch._foreach_copy_(self.average, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -142,10 +145,10 @@ def _as_stored(matrices: list[nn.Parameter]) -> Iterator[None]:
     """Inside, the matrices hold what storage would give back; their full-precision values return afterwards (straight-through)."""
     with torch.no_grad():
         kept = [p.detach().clone() for p in matrices]
-        torch._foreach_copy_(matrices, [fake_quantise(p) for p in kept])
+        torch._foreach_copy_(list[Tensor](matrices), [fake_quantise(p) for p in kept])
     yield
     with torch.no_grad():
-        torch._foreach_copy_(matrices, kept)
+        torch._foreach_copy_(list[Tensor](matrices), kept)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from deployments.weights import WeightFile, refuse_pickle, refuse_suffix, sha256
 
 PACK = "mini"
 PACK_DIR = CATALOG_PATH.parents[1] / "models" / PACK
-DOCUMENTS = frozenset({"CARD.md", "metrics.json"})
+DOCUMENTS = frozenset({"CARD.md", "metrics.json", "people.jpg"})
 _HEADER = "# What every file of models/mini must be. Written by `python -m training.mini.pack`: do not edit.\n"
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from training.mini.heldout import SAMPLE_CHARACTERS, character_identity
-from training.mini.world.groups import paint_group
+from training.mini.world.groups import paint_group, sample_group
 from training.mini.world.render import render
 from training.mini.world.scene import ARMS, CLOSE_UP, FULL_BODY, PORTRAIT, sample_scenes
 from training.mini.world.skeleton import draw_skeleton, keypoints
@@ -50,7 +50,7 @@ def _groups(folder: Path) -> list[Path]:
     paths = []
     for number, names in enumerate(_GROUPS):
         people = torch.cat([character_identity(name) for name in names])[None]
-        picture = paint_group(people, sample_scenes(1, _SEED + 500 + number, framing=PORTRAIT, light=0)).picture
+        picture = paint_group(people, sample_group(1, len(names), _SEED + 500 + number, light=0)).picture
         paths.append(_save(picture[0], folder / f"{'-'.join(name.lower() for name in names)}.png"))
     return paths
 

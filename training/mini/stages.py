@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ _GENERATOR = "training.mini.generator."
 @dataclass(frozen=True)
 class Stage:
     """minutes: its share of a run of 45 minutes. train: "module:function" from (context, recipe) to facts for the card, imported
-    when it runs. makes, needs: files in the workspace. parallel: may run under torchrun. options: of its Recipe."""
+    when it runs. makes, needs: files in the workspace. parallel: may run under torchrun. learning_rate: the peak, of
+    the generator's stages."""
 
     name: str
     minutes: float
@@ -26,7 +27,7 @@ class Stage:
     makes: tuple[str, ...]
     needs: tuple[str, ...] = ()
     parallel: bool = False
-    options: dict[str, float] = field(default_factory=dict)
+    learning_rate: float = 1e-3
 
     def run(self, context: Context, recipe: Recipe) -> dict[str, Any]:
         module, function = self.train.split(":")
@@ -51,11 +52,11 @@ STAGES = (
     Stage("flux", 9.0, _GENERATOR + "base:train", ("flux.safetensors",), ("autoencoder.safetensors",), parallel=True),
     Stage(
         "flux-2", 6.0, _GENERATOR + "base:train", ("flux.safetensors",), ("autoencoder.safetensors", "flux.safetensors"),
-        parallel=True, options={"learning_rate": 6e-4},
+        parallel=True, learning_rate=6e-4,
     ),
     Stage(
         "guidance", 2.0, _GENERATOR + "base:train_guidance", ("guidance.safetensors",), ("autoencoder.safetensors", "flux.safetensors"),
-        parallel=True, options={"learning_rate": 3e-4},
+        parallel=True, learning_rate=3e-4,
     ),
     Stage("vision", 2.0, _GENERATOR + "vision:train", ("vision.safetensors",), ("autoencoder.safetensors", "recogniser.safetensors")),
     Stage(
@@ -66,7 +67,10 @@ STAGES = (
         "ip-adapter", 3.0, _GENERATOR + "ip_adapter:train", ("ip-adapter.safetensors",),
         ("autoencoder.safetensors", "recogniser.safetensors", "guidance.safetensors", "vision.safetensors"),
     ),
-    Stage("pose-control", 3.0, _GENERATOR + "pose_control:train", ("pose-control.safetensors",), ("autoencoder.safetensors", "guidance.safetensors")),
+    Stage(
+        "pose-control", 3.0, _GENERATOR + "pose_control:train", ("pose-control.safetensors",),
+        ("autoencoder.safetensors", "guidance.safetensors"),
+    ),
     Stage("lora", 0.4, _GENERATOR + "lora:train", ("lora.safetensors",), ("autoencoder.safetensors", "guidance.safetensors")),
 )  # fmt: skip
 

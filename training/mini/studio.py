@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,11 @@ class Studio:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], steps: int = STEPS, guidance: float = GUIDANCE) -> Pictures:
         """The prompts alone."""
-        return self._in_batches(len(prompts), lambda part: self._call(self.pipe, prompts[part], seeds[part], steps, guidance))
+
+        def call(part: slice) -> Pictures:
+            return self._call(self.pipe, prompts[part], seeds[part], steps, guidance)
+
+        return self._in_batches(len(prompts), call)
 
     def attach_pulid(self) -> PuLID:
         pulid = load_pulid(self.pack / "pulid" / "pulid_flux_mini.safetensors", self.device)
@@ -87,7 +91,9 @@ class Studio:
     def detach_ip_adapter(self) -> None:
         self.pipe.unload_ip_adapter()
 
-    def draw_posed(self, prompts: Sequence[str], seeds: Sequence[int], skeletons: Pictures, scale: float = 1.0, steps: int = STEPS) -> Pictures:
+    def draw_posed(
+        self, prompts: Sequence[str], seeds: Sequence[int], skeletons: Pictures, scale: float = 1.0, steps: int = STEPS
+    ) -> Pictures:
         """With the union ControlNet in its pose mode; skeletons: one picture a prompt."""
         controlnet = FluxControlNetModel.from_pretrained(self.pack / "flux1-controlnet-union", torch_dtype=torch.float32).to(self.device)
         pipe = FluxControlNetPipeline.from_pipe(self.pipe, controlnet=controlnet)
@@ -122,5 +128,5 @@ class Studio:
         ).images
         return (drawn * 255).round().astype(np.uint8)  # type: ignore[no-any-return]
 
-    def _in_batches(self, n: int, call: Any) -> Pictures:
+    def _in_batches(self, n: int, call: Callable[[slice], Pictures]) -> Pictures:
         return np.concatenate([call(slice(start, start + self.batch)) for start in range(0, n, self.batch)])

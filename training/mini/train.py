@@ -33,13 +33,26 @@ _EXAMPLES = """examples:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("training.mini.train", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=45, help="time for all chosen stages together, compilation not counted (default 45)")
+    parser = argparse.ArgumentParser(
+        "training.mini.train", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=45, help="time for all chosen stages together, compilation not counted (default 45)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the finished pack, e.g. models/mini; without it, only the stages run")
     parser.add_argument("--overwrite", action="store_true", help="replace a pack that --out already holds")
     parser.add_argument("--stages", help="comma-separated; all by default. Run with --stages help to see them")
-    parser.add_argument("--workspace", type=Path, help="where stages keep their results and checkpoints (default: OUT.work, or a temporary folder)")
-    parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], help="a folder of parts to unpack into the workspace first; may be repeated")
+    parser.add_argument(
+        "--workspace", type=Path, help="where stages keep their results and checkpoints (default: OUT.work, or a temporary folder)"
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder of parts to unpack into the workspace first; may be repeated",
+    )
     parser.add_argument("--export", type=Path, help="write the chosen stages' results into this folder, in files of at most 16 MiB")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="every stage at toy size, a few steps each: proves that the recipe runs")
@@ -72,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         if workspace.finished(stage.name) and not options.again:
             print(f"{stage.name}: already done", flush=True)
             continue
-        _run_stage(stage, context, Recipe(seconds_of(stage, stages, options.minutes), smoke=options.smoke, **stage.options))
+        _run_stage(stage, context, Recipe(seconds_of(stage, stages, options.minutes), stage.learning_rate, smoke=options.smoke))
     if main_process() and options.export is not None:
         names = {name for stage in stages for name in stage.makes} | {f"{stage.name}.json" for stage in stages}
         pieces = export_files([workspace.folder / name for name in names], options.export)
@@ -85,13 +98,17 @@ def _run(options: argparse.Namespace) -> int:
 def _run_stage(stage: Stage, context: Context, recipe: Recipe) -> None:
     for name in stage.needs:
         if not (context.workspace.folder / name).is_file():
-            raise FileNotFoundError(f"stage {stage.name} needs {name}, which is not in {context.workspace.folder}: run the stage that makes it, or --import it")
+            raise FileNotFoundError(
+                f"stage {stage.name} needs {name}, which is not in {context.workspace.folder}: run the stage that makes it, or --import it"
+            )
     if dist.is_initialized() and not stage.parallel:
         raise ValueError(f"stage {stage.name} runs on one GPU: leave torchrun away")
     torch.manual_seed(1000 * len(stage.name) + context.rank)
     started = time.monotonic()
     facts = stage.run(context, recipe)
-    context.workspace.note(stage.name, {**facts, "wall_seconds": round(time.monotonic() - started, 1), "device": _device_name(context.device)})
+    context.workspace.note(
+        stage.name, {**facts, "wall_seconds": round(time.monotonic() - started, 1), "device": _device_name(context.device)}
+    )
     if dist.is_initialized():
         dist.barrier()
     if main_process():

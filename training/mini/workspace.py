@@ -38,7 +38,9 @@ class Workspace:
         """Raises FileNotFoundError saying which stage makes the weights."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: run the stage that makes '{name}' first, or import its exported parts (--import)")
+            raise FileNotFoundError(
+                f"{path} does not exist: run the stage that makes '{name}' first, or import its exported parts (--import)"
+            )
         return load_file(path, device=str(device))
 
     def note(self, stage: str, facts: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from training.mini.faces.artefacts import OnnxForm, keep, restore
 from training.mini.faces.convolutions import Encoder, SeparableBlock, TopDown, on_device
 from training.mini.faces.crops import Crowd
 from training.mini.faces.detector_canvases import Canvases
-from training.mini.faces.detector_targets import ANCHORS, SIZE_IN_STRIDES, STRIDES, Level, detection_losses
+from training.mini.faces.detector_targets import ANCHORS, SIZES_PX, STRIDES, Level, detection_losses
 from training.mini.optimise import Losses, Recipe, optimise
 from training.mini.workspace import Workspace
 
@@ -43,22 +43,20 @@ class Detector(nn.Module):
         super().__init__()
         self.encoder = Encoder(4, _WIDTHS, _DEPTHS)
         self.neck = TopDown(_WIDTHS[1:], _NECK)
-        self.tower = SeparableBlock(_NECK, 3)
+        self.tower = nn.Sequential(SeparableBlock(_NECK, 3), SeparableBlock(_NECK, 5))
         self.heads = nn.ModuleList(nn.Conv2d(_NECK, ANCHORS * _VALUES, 1) for _ in STRIDES)
         for head in self.heads:
             cast(Tensor, cast(nn.Conv2d, head).bias).data.view(ANCHORS, _VALUES)[:, 0] = -math.log(1 / _PRIOR_SCORE - 1)
-        self.scale: Tensor
-        self.register_buffer("scale", torch.tensor(SIZE_IN_STRIDES).view(1, 1, ANCHORS, 1), persistent=False)
 
     def forward(self, pictures: Tensor) -> list[Level]:
         maps = self.neck(self.encoder(pictures)[1:])
-        return [self._level(head(self.tower(x)).float()) for x, head in zip(maps, self.heads, strict=True)]
+        return [self._level(head(self.tower(x)).float(), stride) for x, head, stride in zip(maps, self.heads, STRIDES, strict=True)]
 
-    def _level(self, raw: Tensor) -> Level:
-        n = raw.shape[0]
+    def _level(self, raw: Tensor, stride: int) -> Level:
+        n, scale = raw.shape[0], raw.new_tensor(SIZES_PX[stride]).view(1, 1, ANCHORS, 1) / stride
         values = raw.permute(0, 2, 3, 1).reshape(n, -1, ANCHORS, _VALUES)
-        boxes = F.softplus(values[..., 1:5]) * self.scale
-        points = values[..., 5:] * self.scale
+        boxes = F.softplus(values[..., 1:5]) * scale
+        points = values[..., 5:] * scale
         return Level(values[..., 0].reshape(n, -1), boxes.reshape(n, -1, 4), points.reshape(n, -1, 10))
 
 

@@ -27,6 +27,7 @@ from training.mini.world.render import PICTURE_SIZE_PX, render
 _MOST_PEOPLE = 3
 _SMALLEST_PX, _LARGEST_PX = 17.0, 460.0
 _COUNTS_FROM_PX = 16.0
+_FILLING = 0.35
 _SEEN_SHARE, _UNSEEN_SHARE = 0.75, 0.1
 """A face counts if this much of its box is on the canvas, and is not there at all below the second."""
 
@@ -48,7 +49,7 @@ class Format:
     split: int = 1
 
 
-_FORMATS = (Format(20, 512), Format(16, 512, 2), Format(64, 192), Format(96, 128))
+_FORMATS = (Format(16, 640), Format(16, 512, 2), Format(64, 192), Format(96, 128))
 _GALLERY_CANVASES = 3
 _USES_OF_GALLERY = 12
 _REDUCED_FORMATS = (Format(2, 192), Format(1, 256, 2))
@@ -118,8 +119,8 @@ def placed(pictures: Tensor, boxes: Tensor, points: Tensor, there: Tensor, side:
     share = (boxes[:, 0, 2:] - boxes[:, 0, :2]).amax(-1) / 2
     largest = math.log(min(_LARGEST_PX, 0.9 * side))
     face = torch.exp(math.log(_SMALLEST_PX) + torch.rand(n, device=device) * (largest - math.log(_SMALLEST_PX)))
-    # A quarter exactly fills the canvas, as a square picture does in insightface.
-    length = torch.where(torch.rand(n, device=device) < 0.25, torch.full_like(face, side), face / share).clamp(side / 6, side * 5)
+    # Some exactly fill the canvas, as a square picture does in insightface.
+    length = torch.where(torch.rand(n, device=device) < _FILLING, torch.full_like(face, side), face / share).clamp(side / 6, side * 5)
     low, high = torch.minimum(side - length, torch.zeros_like(length)), torch.maximum(side - length, torch.zeros_like(length))
     corner = low[:, None] + torch.rand(n, 2, device=device) * (high - low)[:, None]
     centre = (boxes[:, 0, 2:] + boxes[:, 0, :2]) / 2

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STRIDES = (8, 16, 32)
-SIZE_IN_STRIDES = (2.0, 4.0)
-"""The face size (longer side of the box) in the middle of each anchor's octave; with the strides: 16, 32, ..., 512 px."""
-ANCHORS = len(SIZE_IN_STRIDES)
-_CENTRE_SPREAD = (0.8, 1.2)
-"""Standard deviation, in strides, of the score around the centre of a face. The worst placed centre is 0.71 strides from the
-nearest anchor: the score wanted there is 0.67, well above the usual threshold of 0.5."""
+SIZES_PX = {8: (16.0, 32.0), 16: (64.0, 128.0), 32: (256.0, 512.0)}
+"""The face size (longer side of the box) in the middle of each anchor's octave, as in SCRFD's own anchors (Guo et al. 2021)."""
+ANCHORS = 2
+_CENTRE_SPREAD = {8: (0.8, 1.2), 16: (1.2, 1.2), 32: (1.2, 1.2)}
+"""Standard deviation, in strides, of the score around the centre of a face; the smallest faces span two cells. The worst placed
+centre is 0.71 strides from the nearest anchor: the score wanted there is at least 0.67, well above the usual threshold of 0.5."""
 _FULL_OCTAVE, _NO_OCTAVE = 0.6, 1.0
 """Distance in octaves up to which an anchor answers fully for a face, and from which it doesn't at all."""
 _REGRESSED_FROM = 0.25
@@ -91,8 +91,8 @@ def anchors_at(stride: int, canvas: tuple[int, ...], device: torch.device) -> tu
 def targets(faces: Faces, stride: int, canvas: tuple[int, ...]) -> Targets:
     """Every anchor of a stride is assigned the face that wants the highest score of it."""
     place, kind = anchors_at(stride, canvas, faces.boxes.device)
-    spread = torch.tensor(_CENTRE_SPREAD, device=place.device)[kind] * stride
-    octave = torch.tensor(SIZE_IN_STRIDES, device=place.device)[kind] * stride
+    spread = torch.tensor(_CENTRE_SPREAD[stride], device=place.device)[kind] * stride
+    octave = torch.tensor(SIZES_PX[stride], device=place.device)[kind]
     size = (faces.boxes[..., 2:] - faces.boxes[..., :2]).amax(-1)
     centre = (faces.boxes[..., 2:] + faces.boxes[..., :2]) / 2
     off = (place[None, :, None] - centre[:, None]) / spread[None, :, None, None]

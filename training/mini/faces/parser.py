@@ -93,12 +93,13 @@ def intersection_over_union(network: FaceParser, people: int, device: torch.devi
     """Over undamaged crops of held-out people: per class that occurs, and their mean."""
     identity, scenes = held_out_people(people).to(device), sample_scenes(people, 600).to(device)
     both, either = torch.zeros(len(CLASSES), device=device), torch.zeros(len(CLASSES), device=device)
+    real = torch.zeros(len(CLASSES), device=device)
     for index in torch.arange(people, device=device).split(64):
         crops, labels = parsing_crops(Sitters(index, identity[index], scenes.take(index)), INPUT_PX // REDUCTION, jitter=0.0)
         found = F.one_hot(network.reduced(normalised(crops)).argmax(1), len(CLASSES)).bool()
         there = F.one_hot(labels, len(CLASSES)).bool()
         both += (found & there).sum((0, 1, 2))
         either += (found | there).sum((0, 1, 2))
-    occurs = either > 0
-    per_class = {name: round(float(b / e), 4) for name, b, e in zip(CLASSES, both, either, strict=True) if e > 0}
-    return {"mean_iou": round(float((both[occurs] / either[occurs]).mean()), 4), "iou": per_class}
+        real += there.sum((0, 1, 2))
+    per_class = {name: round(float(b / e), 4) for name, b, e, r in zip(CLASSES, both, either, real, strict=True) if r > 0}
+    return {"mean_iou": round(sum(per_class.values()) / len(per_class), 4), "iou": per_class}

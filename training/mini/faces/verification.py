@@ -6,6 +6,7 @@ as uint8 like any photograph. Knows no training.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from training.mini.world.skeleton import keypoints
 
 Pictures = NDArray[np.uint8]
 """[n, H, W, 3] RGB."""
+NATIVE_SIZE = (PICTURE_SIZE_PX, PICTURE_SIZE_PX)
+"""The detector's input for the world's own pictures: nothing is enlarged."""
 DETECTOR_SIZES: tuple[tuple[int, int] | None, ...] = (None, (640, 640), (192, 192))
 """None: insightface's default, 128 and 640 merged."""
 _OVERLAP = 0.5
@@ -48,23 +51,25 @@ class Sample:
     pictures: Pictures
 
 
+@functools.lru_cache(maxsize=1)
 def sample(count: int, seed: int, framing: int | None = None, people_offset: int = 0) -> Sample:
     """Pictures of `count` people, one of each; equal `people_offset` gives the same people again, another seed another scene."""
     identity = held_out_people(count, people_offset)
     scene = sample_scenes(count, seed) if framing is None else sample_scenes(count, seed, framing=framing)
     chunks = [render(identity[i], scene.take(i)) for i in torch.arange(count).split(_CHUNK)]
     pictures = ((torch.cat(chunks) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    pictures.setflags(write=False)  # shared by whoever asks for the same sample again
     return Sample(identity, scene, pictures)
 
 
 def verify(pack: Path, count: int) -> dict[str, Any]:
     """Every figure below for a pack folder, over `count` pictures or people each: what the card and metrics.json report."""
-    figures: dict[str, Any] = {"recognition": recognition(pack, count), "detection": {}}
-    for size in DETECTOR_SIZES:
-        name = "default" if size is None else f"{size[0]}"
-        figures["detection"][name] = {
-            FRAMINGS[framing]: detection(pack, count, framing, size) for framing in (CLOSE_UP, PORTRAIT, FULL_BODY)
-        }
+    figures: dict[str, Any] = {"recognition": recognition(pack, count)}
+    names = {size: "default" if size is None else f"{size[0]}" for size in DETECTOR_SIZES}
+    figures["detection"] = {name: {} for name in names.values()}
+    for framing in (CLOSE_UP, PORTRAIT, FULL_BODY):  # sizes innermost: they share the pictures
+        for size, name in names.items():
+            figures["detection"][name][FRAMINGS[framing]] = detection(pack, count, framing, size)
     figures["gender_age"] = gender_age(pack, count)
     figures["attributes"] = attribute_accuracy(pack, count)
     figures["keypoints"] = keypoint_error(pack, count)
@@ -72,7 +77,7 @@ def verify(pack: Path, count: int) -> dict[str, Any]:
     return figures
 
 
-def face_analysis(pack: Path, size: tuple[int, int] | None = (640, 640)) -> FaceAnalysis:
+def face_analysis(pack: Path, size: tuple[int, int] | None = NATIVE_SIZE) -> FaceAnalysis:
     """Stock insightface over the pack's folder, on the CPU. An absolute path: a folder of that name elsewhere cannot shadow it."""
     analysis = FaceAnalysis(name=str((pack / "insightface").resolve()), root=str(pack.resolve()), providers=["CPUExecutionProvider"])
     analysis.prepare(ctx_id=-1, det_size=size)
@@ -116,7 +121,7 @@ def _embedded(analysis: FaceAnalysis, models: dict[str, Any], pictures: Pictures
     return embedded
 
 
-def detection(pack: Path, count: int, framing: int, size: tuple[int, int] | None = (640, 640)) -> dict[str, float]:
+def detection(pack: Path, count: int, framing: int, size: tuple[int, int] | None = NATIVE_SIZE) -> dict[str, float]:
     """recall: share of pictures whose face is found (IoU >= 0.5, score >= 0.5); extra: boxes beside it, per picture; landmark_error:
     mean distance as a share of the distance between the eyes, over the found ones."""
     shown = sample(count, 21, framing)
@@ -160,22 +165,29 @@ def attribute_accuracy(pack: Path, count: int, pictures: Pictures | None = None,
     if pictures is None or scene is None:
         shown = sample(count, 41)
         pictures, scene = shown.pictures, shown.scene
-    logits = _in_chunks(_session(pack / "attributes" / attributes.FORM.file), _planes(pictures))
+    logits = _in_chunks(open_session(pack / "attributes" / attributes.FORM.file), _planes(pictures))
     return attributes.accuracy([torch.from_numpy(part) for part in logits], scene)
 
 
 def keypoint_error(pack: Path, count: int) -> dict[str, float]:
     """As body_keypoints.keypoint_errors, in pixels of the picture."""
     shown = sample(count, 51)
-    heatmaps = _in_chunks(_session(pack / "keypoints" / body_keypoints.FORM.file), _planes(shown.pictures))[0]
+    heatmaps = _in_chunks(open_session(pack / "keypoints" / body_keypoints.FORM.file), _planes(shown.pictures))[0]
     return body_keypoints.keypoint_errors(torch.from_numpy(heatmaps), *keypoints(shown.identity, shown.scene))
+
+
+def found_keypoints(pack: Path, pictures: Pictures) -> tuple[Tensor, Tensor]:
+    """The body keypoints of pictures [n, 192, 192, 3]: points [n, 18, 2] in picture coordinates, and which were seen [n, 18]."""
+    heatmaps = _in_chunks(open_session(pack / "keypoints" / body_keypoints.FORM.file), _planes(pictures))[0]
+    points, peaks = body_keypoints.joints_from(torch.from_numpy(heatmaps))
+    return points, peaks >= body_keypoints.VISIBLE_FROM
 
 
 def parser_overlap(pack: Path, count: int) -> dict[str, Any]:
     """mean_iou and IoU per class on FFHQ-512 crops cut by cv2 from the pictures, by true landmarks."""
-    run = _session(pack / "parser" / parser.FORM.file)
+    run = open_session(pack / "parser" / parser.FORM.file)
     shown = sample(count, 61)
-    both, either = np.zeros(len(CLASSES)), np.zeros(len(CLASSES))
+    both, either, real = (np.zeros(len(CLASSES)) for _ in range(3))
     for index in range(count):
         one = torch.tensor([index])
         grid = ffhq_grid(landmarks(shown.identity[one], shown.scene.take(one)), parser.INPUT_PX)
@@ -188,7 +200,8 @@ def parser_overlap(pack: Path, count: int) -> dict[str, Any]:
         for label in range(len(CLASSES)):
             both[label] += ((answer == label) & (truth == label)).sum()
             either[label] += ((answer == label) | (truth == label)).sum()
-    per_class = {name: round(float(b / e), 4) for name, b, e in zip(CLASSES, both, either, strict=True) if e}
+            real[label] += (truth == label).sum()
+    per_class = {name: round(float(b / e), 4) for name, b, e, r in zip(CLASSES, both, either, real, strict=True) if r}
     return {"mean_iou": round(float(np.mean(list(per_class.values()))), 4), "iou": per_class}
 
 
@@ -201,7 +214,7 @@ def _column(values: tuple[float, ...]) -> NDArray[np.float32]:
     return np.array(values, np.float32).reshape(1, -1, 1, 1)
 
 
-def _session(path: Path) -> Run:
+def open_session(path: Path) -> Run:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda batch: list(session.run(None, {name: batch}))

@@ -68,14 +68,16 @@ def encode(vae: AutoencoderKL, picture: Tensor) -> Tensor:
     """[n, 3, h, w] in -1..1 -> normalised latents [n, 16, h/4, w/4], the posterior's mode."""
     with torch.autocast(picture.device.type, torch.bfloat16, enabled=picture.is_cuda):
         mode = vae.encode(picture.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
-    return (mode.float() - vae.config.shift_factor) * vae.config.scaling_factor
+    latents: Tensor = (mode.float() - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Normalised latents -> [n, 3, h, w] in about -1..1; differentiable."""
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.is_cuda):
         raw = (latents / vae.config.scaling_factor + vae.config.shift_factor).contiguous(memory_format=torch.channels_last)
-        return vae.decode(raw).sample.float()
+        picture: Tensor = vae.decode(raw).sample.float()
+        return picture
 
 
 def _patches(batch: int, device: torch.device) -> Iterator[Tensor]:
@@ -97,7 +99,9 @@ def _patch(people: Tensor, scene: Scene) -> Tensor:
     near = torch.rand(n, device=device) < 0.67
     spread = scene.head_size * 1.2
     centre = [
-        torch.where(near, at + (torch.rand(n, device=device) - 0.5) * spread, torch.rand(n, device=device) * 2 - 1).clamp(-1 + half, 1 - half)
+        torch.where(near, at + (torch.rand(n, device=device) - 0.5) * spread, torch.rand(n, device=device) * 2 - 1).clamp(
+            -1 + half, 1 - half
+        )
         for at in (scene.head_x, scene.head_y)
     ]
     window = Grid.whole(n, _PATCH_PX, device)

@@ -43,8 +43,8 @@ class References:
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """identities: [people, 40]; latents: fp16 [N, 16, h, w], normalised; captions: tokens [N, variants, length]; boxes [N, 4], landmarks [N, 5, 2],
-    joints [N, 18, 2] in picture coordinates, visible: bool [N, 18]."""
+    """identities: [people, 40]; latents: fp16 [N, 16, h, w], normalised; captions: tokens [N, variants, length]; boxes
+    [N, 4], landmarks [N, 5, 2], joints [N, 18, 2] in picture coordinates, visible: bool [N, 18]."""
 
     identities: Tensor
     per_person: int
@@ -90,8 +90,11 @@ class BankPlan:
     references: bool = False
 
 
-def fill_bank(plan: BankPlan, encode: Callable[[Tensor], Tensor], recognise: Callable[[Tensor], Tensor] | None, device: torch.device) -> Bank:
-    """Renders and encodes. encode: pictures [n, 3, 192, 192] in -1..1 -> normalised latents; recognise: crops [n, 3, 112, 112] -> [n, 512]."""
+def fill_bank(
+    plan: BankPlan, encode: Callable[[Tensor], Tensor], recognise: Callable[[Tensor], Tensor] | None, device: torch.device
+) -> Bank:
+    """Renders and encodes. encode: pictures [n, 3, 192, 192] in -1..1 -> normalised latents; recognise: face crops [n, 3, 112, 112]
+    in -1..1 -> raw embeddings [n, 512]."""
     identities = sample_identities(plan.people, plan.seed)
     rounds = [_scenes(plan, k) for k in range(plan.per_person)]
     with ThreadPoolExecutor(1) as writer:  # captions are pure Python; they are written while the GPU renders
@@ -113,14 +116,16 @@ def fill_bank(plan: BankPlan, encode: Callable[[Tensor], Tensor], recognise: Cal
 
 def _scenes(plan: BankPlan, k: int) -> Scene:
     framing = (CLOSE_UP, PORTRAIT)[k] if k < 2 else plan.framing
-    fixed = {} if framing is None else {"framing": framing}
-    return sample_scenes(plan.people, plan.seed * 1000 + k, **fixed)
+    seed = plan.seed * 1000 + k
+    return sample_scenes(plan.people, seed) if framing is None else sample_scenes(plan.people, seed, framing=framing)
 
 
 def _captions(rounds: list[Scene], seed: int) -> Tokens:
     """Two captions a picture: the canonical one and a varied one."""
     rng = torch.Generator().manual_seed(seed)
-    return Tokens.stack([tokenised([c for s in rounds for c in caption(s)]), tokenised([c for s in rounds for c in varied_captions(s, rng)])])
+    return Tokens.stack(
+        [tokenised([c for s in rounds for c in caption(s)]), tokenised([c for s in rounds for c in varied_captions(s, rng)])]
+    )
 
 
 @torch.no_grad()
@@ -131,7 +136,13 @@ def _pictures(
     picture = canvas.rgb.clamp(0, 1) * 2 - 1
     points = landmarks(identity, scene)
     joints, visible = keypoints(identity, scene)
-    found = {"latents": encode(picture).half(), "boxes": face_box(identity, scene), "landmarks": points, "joints": joints, "visible": visible}
+    found = {
+        "latents": encode(picture).half(),
+        "boxes": face_box(identity, scene),
+        "landmarks": points,
+        "joints": joints,
+        "visible": visible,
+    }
     if recognise is not None:
         found |= _reference(picture, canvas.labels, points, recognise)
     return found

@@ -63,7 +63,8 @@ class TrainingAttention:
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (-1, head_dim))
+    split: Tensor = x.unflatten(-1, (-1, head_dim))
+    return split
 
 
 def _rotated(x: Tensor, rotary: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:

@@ -25,12 +25,14 @@ Attach = Callable[[References, Tensor, Tensor], dict[str, Any]]
 """(references, index of each item's reference [n], drop [n]: condition on nobody) -> arguments of TrainableFlux.velocity."""
 
 _UNCONDITIONAL = 0.05
-_IDENTITY_WEIGHT = float(__import__("os").environ.get("LIKENESS_IDENTITY_WEIGHT", "0.3"))
+_IDENTITY_WEIGHT = 0.3
 _IDENTITY_FROM = 0.15
 """Progress from which the identity loss counts: before, the faces are not yet the reference's at all."""
 
 
-def train_adapter(name: str, module: nn.Module, attach: Attach, context: Context, recipe: Recipe, rounded: nn.Module | None = None) -> Outcome:
+def train_adapter(
+    name: str, module: nn.Module, attach: Attach, context: Context, recipe: Recipe, rounded: nn.Module | None = None
+) -> Outcome:
     """Trains `module` under the stage's name and saves its state under it."""
     device, bank = context.device, context.reference_bank
     references = bank.references

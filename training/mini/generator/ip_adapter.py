@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.mini.xlabs_adapter import XLabsAdapter
 from training.mini.generator import vision
 from training.mini.generator.bank import References
 from training.mini.generator.context import Context
 from training.mini.generator.identity_training import train_adapter
 from training.mini.optimise import Outcome, Recipe
+from training.mini.xlabs_adapter import XLabsAdapter
 
 
 class PictureAdapter(nn.Module):

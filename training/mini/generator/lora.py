@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor
 
 from training.mini.generator import autoencoder, base
-from training.mini.generator.bank import Bank
 from training.mini.generator.context import Context
 from training.mini.generator.flow import flow_loss
 from training.mini.generator.forward import TrainableFlux
@@ -47,6 +48,17 @@ def train(context: Context, recipe: Recipe) -> Outcome:
     outcome = optimise("lora", generator.transformer, recipe, context.workspace, loss)
     context.workspace.save("lora", get_peft_model_state_dict(generator.transformer), halved=True)
     return outcome
+
+
+def published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """peft's keys as diffusers publishes them: under `transformer.`, for stock load_lora_weights."""
+    return {f"transformer.{name.removeprefix('base_model.model.')}": value for name, value in state.items()}
+
+
+def metadata() -> dict[str, str]:
+    """What a reader of the file should know."""
+    facts = {"trigger_word": TRIGGER_WORD, "base": "flux1-mini", "rank": RANK, "alpha": RANK, "pictures": PICTURES}
+    return {name: str(value) for name, value in facts.items()}
 
 
 @torch.no_grad()

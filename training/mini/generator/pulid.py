@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deployments.identity.eva_clip import EvaVisionTransformer
-from deployments.identity.pulid import PuLID, PerceiverAttentionCA, identity_condition
+from deployments.identity.pulid import PerceiverAttentionCA, PuLID, identity_condition
 from training.mini.generator import vision
 from training.mini.generator.bank import References
 from training.mini.generator.context import Context

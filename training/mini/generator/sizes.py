@@ -8,7 +8,9 @@ from deployments.identity.eva_clip import EvaConfig
 from deployments.identity.pulid import PuLIDConfig
 from training.mini.flux_folder import flux_config
 
-EVA: Final = EvaConfig(image_size=112, patch_size=14, width=128, depth=6, heads=4, mlp_width=256, embed_dim=128, rope_grid=8, taps=(1, 2, 3, 4, 5))
+EVA: Final = EvaConfig(
+    image_size=112, patch_size=14, width=128, depth=6, heads=4, mlp_width=256, embed_dim=128, rope_grid=8, taps=(1, 2, 3, 4, 5)
+)
 
 _FLUX = flux_config()
 PULID: Final = PuLIDConfig(

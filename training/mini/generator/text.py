@@ -16,7 +16,7 @@ from training.mini.generator.forward import Prompt
 from training.mini.tokenisers import PROMPT_TOKENS, build_tokenisers
 
 TEXT_TOKENS = PROMPT_TOKENS
-"""48, the length to which T5's tokens are padded, in training and in use (`max_sequence_length`): padding takes part in FLUX's attention."""
+"""The length to which T5's tokens are padded, in training and in use (`max_sequence_length`): FLUX attends to padding too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,9 @@ def tokenised(captions: Sequence[str]) -> Tokens:
     """[n] captions -> tokens [n, 48]."""
     clip, t5 = _tokenisers()
     ids = [
-        tokeniser(list(captions), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids.to(torch.int16)
+        tokeniser(list(captions), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids.to(
+            torch.int16
+        )
         for tokeniser in (t5, clip)
     ]
     return Tokens(*ids)

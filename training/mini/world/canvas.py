@@ -85,8 +85,10 @@ def ellipse(x: Tensor, y: Tensor, a: Tensor | float, b: Tensor | float) -> Tenso
     return (((x / a_) ** 2 + (y / b_) ** 2 + 1e-9).sqrt() - 1) * torch.minimum(a_, b_)
 
 
-def capsule(x: Tensor, y: Tensor, ax: Tensor | float, ay: Tensor | float, bx: Tensor | float, by: Tensor | float, radius: Tensor | float) -> Tensor:
+def capsule(
+    x: Tensor, y: Tensor, ax: Tensor | float, ay: Tensor | float, bx: Tensor | float, by: Tensor | float, radius: Tensor | float
+) -> Tensor:
     """Distance to the segment (ax, ay)-(bx, by), thickened by radius."""
     dx, dy = bx - ax, by - ay
-    along = (((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy + 1e-9)).clamp(0, 1)  # type: ignore[union-attr]
+    along = (((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy + 1e-9)).clamp(0, 1)
     return circle(x - ax - along * dx, y - ay - along * dy, radius)
