@@ -11,7 +11,7 @@ HELD_OUT_SEED = 900_000
 
 SAMPLE_CHARACTERS = ("Ada", "Bruno", "Chiyo", "Dario", "Esi", "Farid", "Greta", "Hugo")
 _CHARACTER_SEED = 910_000
-_CHARACTER_ROWS = (0, 1, 2, 3, 4, 5, 6, 7)
+_CHARACTER_ROWS = (0, 24, 29, 32, 7, 8, 10, 9)
 """Rows of the seed's draw, chosen by eye so that the eight differ in age, sex, hair and colour, and fit their names."""
 
 

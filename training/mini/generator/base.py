@@ -76,7 +76,7 @@ def train(context: Context, recipe: Recipe) -> Outcome:
     if workspace.has("flux"):
         generator.load_state_dict(workspace.load("flux", device))
     flux = TrainableFlux(generator.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled=device.type == "cuda")
-    n = 4 if recipe.smoke else 256
+    n = 2 if recipe.smoke else 256
     unguided = torch.ones(n, device=device)
 
     def loss(progress: float) -> Losses:
@@ -100,7 +100,7 @@ def train_guidance(context: Context, recipe: Recipe) -> Outcome:
     compiled = device.type == "cuda"
     learner = TrainableFlux(student.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled)
     guide = TrainableFlux(teacher.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled)
-    n = 4 if recipe.smoke else 256
+    n = 2 if recipe.smoke else 256
 
     def loss(progress: float) -> Losses:
         batch = draw_batch(bank, n)

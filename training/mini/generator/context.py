@@ -53,8 +53,8 @@ class Context:
         return self._bank(BankPlan(people=14336, per_person=4, seed=_REFERENCE_SEED, references=True))
 
     def _bank(self, plan: BankPlan) -> Bank:
-        people = 8 if self.smoke else plan.people
-        mine = BankPlan(people, plan.per_person, plan.seed + self.rank, plan.framing, plan.references)
+        people, pictures = (4, 3) if self.smoke else (plan.people, plan.per_person)
+        mine = BankPlan(people, pictures, plan.seed + self.rank, plan.framing, plan.references)
         return fill_bank(mine, self._encode, self._recognise if plan.references else None, self.device)
 
     def _encode(self, picture: Tensor) -> Tensor:

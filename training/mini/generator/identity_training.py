@@ -40,7 +40,7 @@ def train_adapter(
     generator = base.load(context.workspace, device)
     flux = TrainableFlux(generator.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled=device.type == "cuda")
     verdict = IdentityLoss(context.vae, context.recogniser, bank)
-    n, faces = (4, 2) if recipe.smoke else (192, 48)
+    n, faces = (2, 1) if recipe.smoke else (192, 48)
     unguided = torch.ones(n, device=device)
 
     def loss(progress: float) -> Losses:

@@ -35,7 +35,7 @@ def train(context: Context, recipe: Recipe) -> Outcome:
     latents, boxes, tokens = _photos(context)
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=_TARGETS), generator.transformer)
     flux = TrainableFlux(generator.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled=False)
-    n = 4 if recipe.smoke else 64
+    n = 2 if recipe.smoke else 64
     unguided = torch.ones(n, device=device)
 
     def loss(progress: float) -> Losses:

@@ -30,7 +30,7 @@ def train(context: Context, recipe: Recipe) -> Outcome:
     generator = base.load(workspace, device)
     controlnet = controlnet_from(generator.transformer).to(device).train()
     flux = TrainableFlux(generator.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled=device.type == "cuda")
-    n = 4 if recipe.smoke else 192
+    n = 2 if recipe.smoke else 192
     guidance = torch.ones(n, device=device)
 
     def loss(progress: float) -> Losses:

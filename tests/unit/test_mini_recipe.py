@@ -1,0 +1,42 @@
+"""The whole recipe at toy size: every stage runs, the pack that comes of it opens, and a second run has nothing left to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from insightface.app import FaceAnalysis
+
+from deployments.identity.eva_clip import load_eva
+from deployments.identity.pulid import load_pulid
+from training.mini import train
+from training.mini.generator.sizes import PULID
+from training.mini.stages import STAGES
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    assert train.main(["--smoke", "--device", "cpu", "--out", str(folder / "pack"), "--workspace", str(folder / "work")]) == 0
+    return folder / "pack"
+
+
+def test_every_stage_leaves_its_results_and_is_not_run_twice(pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = pack.parent / "work"
+    assert [name for stage in STAGES for name in stage.makes if not (work / name).is_file()] == []
+    assert train.main(["--smoke", "--device", "cpu", "--workspace", str(work)]) == 0
+    assert capsys.readouterr().out.count("already done") == len(STAGES)
+
+
+def test_stock_libraries_open_the_pack(pack: Path) -> None:
+    pipe = FluxPipeline.from_pretrained(pack / "flux1", torch_dtype=torch.float32)
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
+    faces = FaceAnalysis(name=str(pack / "insightface"), root=str(pack), providers=["CPUExecutionProvider"])
+    assert set(faces.models) == {"detection", "recognition", "genderage"}
+
+
+def test_our_own_modules_open_the_pack_strictly(pack: Path) -> None:
+    assert load_pulid(pack / "pulid" / "pulid_flux_mini.safetensors").config == PULID
+    assert len(load_eva(pack / "eva-clip" / "eva_clip_mini.safetensors").config.taps) == 5
