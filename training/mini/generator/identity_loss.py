@@ -19,14 +19,14 @@ from training.mini.world.landmarks import arcface_grid
 
 _WINDOW = 32
 """Latents: 128 px, which holds the largest face crop of the world (about 110 px)."""
-_LATEST_TIME = 0.75
-"""Above it the predicted face is a blur that tells the recogniser nothing."""
+_TIMES = 0.4, 0.95
+"""Before 0.4 the noisy picture still holds the face, and any adapter scores well; after 0.95 there is not even its place."""
 
 
 def times_with_faces(n: int, faces: int, device: torch.device) -> Tensor:
-    """[n] training times, the first `faces` of them early enough for the identity loss."""
-    early = 0.02 + (_LATEST_TIME - 0.02) * torch.rand(faces, device=device)
-    return torch.cat([early, sample_times(n - faces, device)])
+    """[n] training times, the first `faces` of them where the face is decided, for the identity loss."""
+    first, last = _TIMES
+    return torch.cat([first + (last - first) * torch.rand(faces, device=device), sample_times(n - faces, device)])
 
 
 class IdentityLoss:
@@ -37,7 +37,7 @@ class IdentityLoss:
         self.centroids = F.normalize(each.mean(0), dim=-1)
 
     def __call__(self, batch: Batch, velocity: Tensor, faces: int) -> tuple[Tensor, Tensor]:
-        """(loss, mean cosine) of the first `faces` items; the loss fades with the noise in which the face was predicted."""
+        """(loss, mean cosine) of the first `faces` items."""
         index, times = batch.index[:faces], batch.times[:faces]
         clean = predicted_clean(batch.noisy[:faces], velocity[:faces].float(), times)
         latents = unpack(clean, autoencoder.LATENT_SIZE, autoencoder.LATENT_SIZE)
@@ -46,7 +46,7 @@ class IdentityLoss:
         with mixed_precision(latents.device):
             found = self.recogniser(crop(autoencoder.decode(self.vae, windows), window_grid))
         cosine = (F.normalize(found.float(), dim=-1) * self.centroids[self.bank.person(index)]).sum(-1)
-        return ((1 - cosine) * (1 - times)).mean(), cosine.detach().mean()
+        return (1 - cosine).mean(), cosine.detach().mean()
 
 
 def _windows(latents: Tensor, grid: Grid) -> tuple[Tensor, Grid]:

@@ -42,6 +42,8 @@ class FaceAdapter(nn.Module):
 def train(context: Context, recipe: Recipe) -> Outcome:
     """Saves `pulid` (pulid.* and eva.*)."""
     adapter = FaceAdapter()
-    adapter.eva.load_state_dict(vision.load(context).eva.state_dict())
+    encoders = vision.load(context)
+    adapter.eva.load_state_dict(encoders.eva.state_dict())
+    adapter.pulid.pulid_encoder.load_state_dict(encoders.identity.state_dict())
     adapter.to(context.device)
     return train_adapter("pulid", adapter, adapter.attach, context, recipe.but(quantise_from=_ROUNDED_FROM), rounded=adapter.pulid)

@@ -1,7 +1,8 @@
 """Stage `vision`: the two picture encoders that adapters read, taught to see people before anything is conditioned on them.
 
 EVA (PuLID's) sees the aligned face in grey on white; CLIP (XLabs') sees the whole picture. Both learn to tell the training
-people apart (CosFace, Wang et al. 2018) and to name the numbers a person is made of.
+people apart (CosFace, Wang et al. 2018) and to name the numbers a person is made of. So do PuLID's identity tokens: left to the
+flow's loss alone they stay nearly the same for everybody.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from deployments.identity.eva_clip import EvaVisionTransformer, initialise
-from deployments.identity.pulid import eva_pixels, face_to_grey
+from deployments.identity.pulid import IDFormer, eva_pixels, face_to_grey, identity_condition
 from training.mini.flux_folder import clip_vision_config
 from training.mini.generator.bank import Bank, References, as_floats
 from training.mini.generator.base import mixed_precision
 from training.mini.generator.context import Context
-from training.mini.generator.sizes import EVA
+from training.mini.generator.sizes import EVA, PULID
 from training.mini.optimise import Losses, Outcome, Recipe, optimise
 from training.mini.world.identity import IDENTITY_DIM
 
@@ -27,10 +28,11 @@ _COSFACE_SCALE, _COSFACE_MARGIN = 24.0, 0.2
 
 
 class Encoders(nn.Module):
-    """Both encoders; the heads beside them are dropped after training."""
+    """Both picture encoders, and PuLID's, which reads EVA; the heads beside them are dropped after training."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.identity = IDFormer(PULID)
         self.eva = EvaVisionTransformer(EVA)
         initialise(self.eva)
         self.clip = CLIPVisionModelWithProjection(clip_vision_config())
@@ -68,21 +70,25 @@ class _Head(nn.Module):
 
 
 def train(context: Context, recipe: Recipe) -> Outcome:
-    """Saves `vision` (eva.* and clip.*)."""
+    """Saves `vision` (eva.*, clip.* and identity.*, PuLID's encoder)."""
     bank, device = context.reference_bank, context.device
     assert bank.references is not None
     references = bank.references
     encoders = Encoders().to(device)
-    heads = nn.ModuleList([_Head(EVA.embed_dim, bank.people), _Head(clip_vision_config().projection_dim, bank.people)]).to(device)
+    widths = (EVA.embed_dim, clip_vision_config().projection_dim, PULID.queries * PULID.output_dim)
+    heads = nn.ModuleList(_Head(width, bank.people) for width in widths).to(device)
     n = 4 if recipe.smoke else 512
 
     def loss(progress: float) -> Losses:
         index = bank.draw(n)
         person, identity = bank.person(index), _identities(bank, index)
         with mixed_precision(device):
-            face = heads[0](seen_faces(encoders.eva, references, index)[0], person, identity)
+            embedding, states = seen_faces(encoders.eva, references, index)
+            face = heads[0](embedding, person, identity)
+            tokens = encoders.identity(identity_condition(references.embedding[index].float(), embedding.float()), states)
+            told = heads[2](F.layer_norm(tokens.float(), tokens.shape[-1:]).flatten(1), person, identity)
             picture = heads[1](seen_pictures(encoders.clip, references, index), person, identity)
-        return {"loss": face + picture, "eva": face.detach(), "clip": picture.detach()}
+        return {"loss": face + picture + told, "eva": face.detach(), "clip": picture.detach(), "tokens": told.detach()}
 
     outcome = optimise("vision", nn.ModuleList([encoders, heads]), recipe, context.workspace, loss)
     context.workspace.save("vision", encoders.state_dict(), halved=True)
