@@ -212,7 +212,7 @@ def test_faces_move_with_their_pictures_onto_canvases() -> None:
     shown = assembled(placed(pictures, boxes, points, torch.ones(n, 1, dtype=torch.bool), 128), form)
     assert shown.pictures.shape == (16, 3, 256, 256) and shown.faces.boxes.shape == (16, 4, 4)
     assert shown.faces.counted.float().mean() > 0.6
-    at = (shown.faces.points.flatten(1, 2) / 256 * 2 - 1)[:, None]
+    at = ((shown.faces.points.flatten(1, 2) + 0.5) / 256 * 2 - 1)[:, None]
     colour = nn.functional.grid_sample(shown.pictures, at, align_corners=False)[:, :2, 0].transpose(1, 2).reshape(16, 4, 5, 2)
     counted = shown.faces.counted
     inside = ((shown.faces.points > 1) & (shown.faces.points < 255)).all(-1)[counted]

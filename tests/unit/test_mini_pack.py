@@ -86,11 +86,13 @@ def test_an_ip_adapter_of_scale_zero_is_the_base_and_of_scale_one_is_not(studio:
     assert np.abs(on.astype(int) - base.astype(int)).mean() > 1
 
 
+@pytest.mark.slow
 def test_skeletons_are_obeyed(studio: Studio) -> None:
     figures = measures.pose(studio, 6)
     assert figures["obeyed"] > figures["without_control"] + 0.3
 
 
+@pytest.mark.slow
 def test_the_sample_lora_brings_its_character(studio: Studio, sitting: Sitting) -> None:
     texts = [f"ada, {text}" for text in caption(sample_scenes(4, 6, framing=PORTRAIT))]
     ada = np.repeat(sitting.judged(_pictures(SAMPLES / "characters" / "ada-1.png")), 4, axis=0)

@@ -31,7 +31,7 @@ def test_every_stage_leaves_its_results_and_is_not_run_twice(pack: Path, capsys:
 
 
 def test_stock_libraries_open_the_pack(pack: Path) -> None:
-    pipe = FluxPipeline.from_pretrained(pack / "flux1", torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(pack / "flux1", dtype=torch.float32)
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
     faces = FaceAnalysis(name=str(pack / "insightface"), root=str(pack), providers=["CPUExecutionProvider"])
     assert set(faces.models) == {"detection", "recognition", "genderage"}

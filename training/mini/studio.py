@@ -32,7 +32,7 @@ class Studio:
         """batch: pictures drawn at once (default: 64 on a GPU, 4 on a CPU)."""
         self.pack, self.device = pack, device
         self.batch = batch if batch is not None else (64 if device.type == "cuda" else 4)
-        self.pipe = FluxPipeline.from_pretrained(pack / "flux1", torch_dtype=torch.float32).to(device)
+        self.pipe = FluxPipeline.from_pretrained(pack / "flux1", dtype=torch.float32).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self._injection: PuLIDInjection | None = None
 
@@ -95,7 +95,7 @@ class Studio:
         self, prompts: Sequence[str], seeds: Sequence[int], skeletons: Pictures, scale: float = 1.0, steps: int = STEPS
     ) -> Pictures:
         """With the union ControlNet in its pose mode; skeletons: one picture a prompt."""
-        controlnet = FluxControlNetModel.from_pretrained(self.pack / "flux1-controlnet-union", torch_dtype=torch.float32).to(self.device)
+        controlnet = FluxControlNetModel.from_pretrained(self.pack / "flux1-controlnet-union", dtype=torch.float32).to(self.device)
         pipe = FluxControlNetPipeline.from_pipe(self.pipe, controlnet=controlnet)
         pipe.set_progress_bar_config(disable=True)
 

@@ -34,7 +34,7 @@ _SEEN_SHARE, _UNSEEN_SHARE = 0.75, 0.1
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """pictures: [n, 3, H, W] RGB in -1..1; faces in pixels of the canvas."""
+    """pictures: [n, 3, H, W] RGB in -1..1; faces in pixels of the canvas, 0 at the centre of the first."""
 
     pictures: Tensor
     faces: Faces
@@ -131,7 +131,8 @@ def placed(pictures: Tensor, boxes: Tensor, points: Tensor, there: Tensor, side:
     to_canvas = length.view(-1, 1, 1) / 2
     moved = (boxes + 1) * to_canvas + corner.repeat(1, 2)[:, None]
     moved_points = (points + 1) * to_canvas[..., None] + corner[:, None, None]
-    return Shown(shown, _judged(moved, moved_points, there, side))
+    # Up to here the canvas begins at 0; cv2 and insightface put 0 at the centre of its first pixel.
+    return Shown(shown, _judged(moved - 0.5, moved_points - 0.5, there, side))
 
 
 def _sampled(pictures: Tensor, corner: Tensor, length: Tensor, side: int) -> Tensor:
