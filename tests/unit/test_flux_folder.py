@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +102,14 @@ def _load_adapter(pipeline: Any, folder: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"torch_dtype": torch.float32}, {"low_cpu_mem_usage": False}])
 def test_stock_pipeline_computes_in_fp32_with_the_stored_weights(folder: Path, models: dict[str, Any], options: dict[str, Any]) -> None:
     pipeline = FluxPipeline.from_pretrained(folder, **options)
-    expected: dict[str, Callable[[Tensor], Tensor]] = {
-        "transformer": lambda w: fake_quantise(w) if w.ndim == 2 else w.half().float(),
-        "vae": lambda w: w.half().float(),
-        "t5": lambda w: w.half().float(),
-        "clip": lambda w: w.half().float(),
-    }
+
+    def halved(weight: Tensor) -> Tensor:
+        return weight.half().float()
+
+    def matrices_rounded(weight: Tensor) -> Tensor:
+        return fake_quantise(weight) if weight.ndim == 2 else halved(weight)
+
+    expected = {"transformer": matrices_rounded, "vae": halved, "t5": matrices_rounded, "clip": matrices_rounded}
     parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "t5": pipeline.text_encoder_2, "clip": pipeline.text_encoder}
     for name, part in parts.items():
         assert {p.dtype for p in part.parameters()} == {torch.float32}, name
