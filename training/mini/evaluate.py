@@ -59,7 +59,7 @@ def speed_again(pack: Path) -> dict[str, Any]:
 def save_grid(pack: Path, shown: Pictures) -> None:
     columns = 11
     rows = [np.concatenate(list(shown[start : start + columns]), 1) for start in range(0, len(shown), columns)]
-    Image.fromarray(np.concatenate(rows)).save(pack / _GRID, quality=88)
+    Image.fromarray(np.concatenate(rows)).save(pack / _GRID, quality=76)
 
 
 def write(pack: Path, figures: dict[str, Any], notes: dict[str, Any]) -> None:
