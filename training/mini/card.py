@@ -40,7 +40,7 @@ def _recognition(model: str) -> Callable[[Figures], tuple[float, float, float]]:
 
 def _detection(figure: str, framing: str | None = None) -> Callable[[Figures], float]:
     def read(f: Figures) -> float:
-        values = [x[figure] for name, x in f["faces"]["detection"]["192"].items() if framing is None or name == framing]
+        values = [x[figure] for name, x in f["faces"]["detection"]["320"].items() if framing is None or name == framing]
         return float(min(values) if figure == "recall" else max(values))
 
     return read

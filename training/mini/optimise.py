@@ -22,7 +22,7 @@ from training.mini.storage import fake_quantise
 from training.mini.workspace import Workspace
 
 Losses = Mapping[str, Tensor]
-_CHECKPOINT_EVERY_S = 60.0
+_CHECKPOINT_EVERY_S = 40.0
 _REPORT_EVERY_STEPS = 100
 
 

@@ -61,11 +61,13 @@ STAGES = (
     Stage("vision", 2.0, _GENERATOR + "vision:train", ("vision.safetensors",), ("autoencoder.safetensors", "recogniser.safetensors")),
     Stage(
         "pulid", 6.0, _GENERATOR + "pulid:train", ("pulid.safetensors",),
-        ("autoencoder.safetensors", "recogniser.safetensors", "guidance.safetensors", "vision.safetensors"), parallel=True,
+        ("autoencoder.safetensors", "recogniser.safetensors", "detector.safetensors", "guidance.safetensors", "vision.safetensors"),
+        parallel=True,
     ),
     Stage(
         "ip-adapter", 3.0, _GENERATOR + "ip_adapter:train", ("ip-adapter.safetensors",),
-        ("autoencoder.safetensors", "recogniser.safetensors", "guidance.safetensors", "vision.safetensors"),
+        ("autoencoder.safetensors", "recogniser.safetensors", "detector.safetensors", "guidance.safetensors", "vision.safetensors"),
+        parallel=True,
     ),
     Stage(
         "pose-control", 3.0, _GENERATOR + "pose_control:train", ("pose-control.safetensors",),

@@ -76,7 +76,11 @@ class Studio:
         )
 
     def draw_like(self, prompts: Sequence[str], seeds: Sequence[int], references: Pictures, weight: float, steps: int = STEPS) -> Pictures:
-        """With the IP-Adapter (attach it first). references: one picture a prompt."""
+        """With the IP-Adapter (attach it first). references: one picture a prompt.
+
+        One at a time: stock FluxPipeline (diffusers 0.42) repeats the embeddings of a batch once more for each of its pictures, and its
+        attention then mixes everybody's tokens.
+        """
         self.pipe.set_ip_adapter_scale(weight)
 
         def call(part: slice) -> Pictures:
@@ -86,7 +90,7 @@ class Studio:
                 ip_adapter_image_embeds=[embeds], negative_ip_adapter_image_embeds=[torch.zeros_like(embeds)],
             )  # fmt: skip
 
-        return self._in_batches(len(prompts), call)
+        return np.concatenate([call(slice(k, k + 1)) for k in range(len(prompts))])
 
     def detach_ip_adapter(self) -> None:
         self.pipe.unload_ip_adapter()

@@ -17,7 +17,7 @@ from training.mini.world.landmarks import arcface_grid, face_box, ffhq_grid, lan
 from training.mini.world.render import PICTURE_SIZE_PX, paint
 from training.mini.world.scene import Scene, sample_scenes
 
-_POINT_JITTER = 0.035
+DETECTION_ERROR = 0.035
 """Standard deviation of a detected landmark, in eye distances: the detector's bar is a mean error of 5 %."""
 
 
@@ -43,12 +43,12 @@ class Sitters:
     scene: Scene
 
 
-def recognition_crops(sitters: Sitters, size: int = 112, jitter: float = _POINT_JITTER) -> Tensor:
+def recognition_crops(sitters: Sitters, size: int = 112, jitter: float = DETECTION_ERROR) -> Tensor:
     """[n, 3, size, size] RGB in -1..1, as insightface's norm_crop cuts them from pictures whose landmarks were found, not known."""
     return _drawn(sitters, arcface_grid(unsure(landmarks(sitters.identity, sitters.scene), jitter), size))[0]
 
 
-def parsing_crops(sitters: Sitters, size: int, jitter: float = _POINT_JITTER) -> tuple[Tensor, Tensor]:
+def parsing_crops(sitters: Sitters, size: int, jitter: float = DETECTION_ERROR) -> tuple[Tensor, Tensor]:
     """FFHQ-aligned crops [n, 3, size, size] RGB in -1..1 and their labels [n, size, size]."""
     return _drawn(sitters, ffhq_grid(unsure(landmarks(sitters.identity, sitters.scene), jitter), size))
 

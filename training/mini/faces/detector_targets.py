@@ -21,18 +21,19 @@ centre is 0.71 strides from the nearest anchor: the score wanted there is at lea
 _FULL_OCTAVE, _NO_OCTAVE = 0.6, 1.0
 """Distance in octaves up to which an anchor answers fully for a face, and from which it doesn't at all."""
 _REGRESSED_FROM = 0.25
-_SCORE_WEIGHT, _BOX_WEIGHT, _POINT_WEIGHT = 2.0, 5.0, 10.0
+_SCORE_WEIGHT, _BOX_WEIGHT, _POINT_WEIGHT, _GUESS_SHARE = 2.0, 5.0, 20.0, 0.5
 """Against one another: errors of boxes and points are shares of a face, about 0.03 when all is well."""
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """The answers of one stride. logits: [n, A]; boxes: [n, A, 4] left, top, right, bottom; points: [n, A, 10] x, y: both in strides
-    from the anchor. A = cells x anchors, cells row by row, anchor fastest."""
+    """The answers of one stride. logits: [n, A]; boxes: [n, A, 4] left, top, right, bottom; points: [n, A, 10] x, y, and guess, the
+    same before it was corrected: all in strides from the anchor. A = cells x anchors, cells row by row, anchor fastest."""
 
     logits: Tensor
     boxes: Tensor
     points: Tensor
+    guess: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,8 @@ def detection_losses(levels: list[Level], faces: Faces, canvas: tuple[int, ...])
         score = score + (quality_focal_loss(level.logits, wanted.score) * wanted.weight).sum()
         regressed = wanted.score * (wanted.score > _REGRESSED_FROM)
         box = box + (_relative_error(level.boxes, wanted.box, wanted.size) * regressed).sum()
-        points = points + (_relative_error(level.points, wanted.points, wanted.size) * regressed).sum()
+        both = _relative_error(level.points, wanted.points, wanted.size) + _GUESS_SHARE * _relative_error(level.guess, wanted.points, wanted.size)
+        points = points + (both * regressed).sum()
         positives = positives + regressed.sum()
     positives = positives.clamp_min(1.0)
     parts = {"score": score / positives, "box": box / positives, "points": points / positives}

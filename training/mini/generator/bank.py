@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.mini.faces.crops import DETECTION_ERROR, unsure
 from training.mini.generator.text import Tokens, tokenised
 from training.mini.world.canvas import Grid
 from training.mini.world.captions import caption, varied_captions
@@ -149,7 +150,8 @@ def _pictures(
 
 
 def _reference(picture: Tensor, labels: Tensor, points: Tensor, recognise: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Crops are sampled from the 192-px picture, as they will be in use, not rendered afresh at their own resolution."""
+    """Crops are sampled from the 192-px picture by uncertain points, as they will be in use, not rendered afresh at their own resolution."""
+    points = unsure(points, DETECTION_ERROR)
     aligned_grid = ffhq_grid(points, REFERENCE_SIZE_PX)
     return {
         "aligned": _bytes(crop(picture, aligned_grid)),

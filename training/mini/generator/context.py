@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,6 +14,9 @@ from training.mini.generator import autoencoder
 from training.mini.generator.bank import Bank, BankPlan, fill_bank
 from training.mini.workspace import Workspace
 from training.mini.world.scene import FULL_BODY
+
+if TYPE_CHECKING:
+    from training.mini.faces.detector import Detector
 
 # Seeds of the training people. Held-out people (training.mini.heldout) use seeds from 900,000 on.
 _BASE_SEED, _BODY_SEED, _REFERENCE_SEED = 1000, 2000, 3000
@@ -40,6 +44,13 @@ class Context:
         return load_recogniser(self.workspace.folder / "recogniser.safetensors").to(self.device).eval().requires_grad_(False)
 
     @cached_property
+    def detector(self) -> Detector:
+        """Frozen: finds the face in what the generator draws."""
+        from training.mini.faces.detector import load_detector
+
+        return load_detector(self.workspace.folder / "detector.safetensors").detector.to(self.device).requires_grad_(False)
+
+    @cached_property
     def base_bank(self) -> Bank:
         return self._bank(BankPlan(people=16384, per_person=4, seed=_BASE_SEED))
 
@@ -50,7 +61,7 @@ class Context:
 
     @cached_property
     def reference_bank(self) -> Bank:
-        return self._bank(BankPlan(people=14336, per_person=4, seed=_REFERENCE_SEED, references=True))
+        return self._bank(BankPlan(people=10240, per_person=4, seed=_REFERENCE_SEED, references=True))
 
     def _bank(self, plan: BankPlan) -> Bank:
         people, pictures = (4, 3) if self.smoke else (plan.people, plan.per_person)

@@ -20,6 +20,8 @@ from training.mini.generator.flow import position_ids
 
 KeysValues = tuple[Tensor, Tensor]
 Residual = Callable[[int, Tensor], Tensor]
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(noisy tokens [n, s, 64], times [n], guidance [n]) -> velocity [n, s, 64]."""
 
 
 @dataclass(frozen=True, eq=False)

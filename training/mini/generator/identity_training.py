@@ -1,7 +1,7 @@
 """What the stages `pulid` and `ip-adapter` share: an identity adapter learns on a frozen generator.
 
-The reference is always another picture of the person, so nothing can be copied; the loss is the flow's, and the recogniser's
-verdict on the face that it implies (identity_loss.py).
+Two losses. The flow's: the reference is always another picture of the person, so nothing can be copied. And the recogniser's
+verdict on pictures that the generator draws with the adapter attached (identity_loss.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.mini.generator.bank import References
 from training.mini.generator.context import Context
 from training.mini.generator.flow import flow_loss
 from training.mini.generator.forward import TrainableFlux
-from training.mini.generator.identity_loss import IdentityLoss, times_with_faces
+from training.mini.generator.identity_loss import IdentityLoss
 from training.mini.generator.text import TEXT_TOKENS
 from training.mini.optimise import Losses, Outcome, Recipe, optimise
 
@@ -25,39 +25,55 @@ Attach = Callable[[References, Tensor, Tensor], dict[str, Any]]
 """(references, index of each item's reference [n], drop [n]: condition on nobody) -> arguments of TrainableFlux.velocity."""
 
 _UNCONDITIONAL = 0.05
-_IDENTITY_WEIGHT = 0.3
-_IDENTITY_FROM = 0.15
-"""Progress from which the identity loss counts: before, the faces are not yet the reference's at all."""
+_IDENTITY_WEIGHT = 0.5
+_IDENTITY_FROM = 0.04
+"""Progress from which the identity loss counts: before, the adapter says nothing yet."""
 
 
 def train_adapter(
     name: str, module: nn.Module, attach: Attach, context: Context, recipe: Recipe, rounded: nn.Module | None = None
 ) -> Outcome:
-    """Trains `module` under the stage's name and saves its state under it."""
+    """Trains `module` under the stage's name and saves its state under it; goes on from that state where it exists."""
     device, bank = context.device, context.reference_bank
     references = bank.references
     assert references is not None
+    if context.workspace.has(name):
+        module.load_state_dict(context.workspace.load(name, device))
     generator = base.load(context.workspace, device)
     flux = TrainableFlux(generator.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled=device.type == "cuda")
-    verdict = IdentityLoss(context.vae, context.recogniser, bank)
-    n, faces = (2, 1) if recipe.smoke else (192, 48)
-    unguided = torch.ones(n, device=device)
+    verdict = IdentityLoss(context.vae, context.recogniser, context.detector, bank)
+    n, faces = (2, 1) if recipe.smoke else (64, 64)
+    unguided, somebody = torch.ones(n, device=device), torch.zeros(faces, dtype=torch.bool, device=device)
 
-    def loss(progress: float) -> Losses:
-        judged = progress >= _IDENTITY_FROM or recipe.smoke
-        batch = base.draw_batch(bank, n, times_with_faces(n, faces, device) if judged else None)
+    def flow() -> Tensor:
+        batch = base.draw_batch(bank, n)
         drop = torch.rand(n, device=device) < _UNCONDITIONAL
-        drop[:faces] = False
         with base.mixed_precision(device):
             with torch.no_grad():
                 prompt = generator.text(bank.captions.pick(batch.index))
             attached = attach(references, bank.another(batch.index), drop)
             velocity = flux.velocity(batch.noisy, prompt, batch.times, unguided, **attached)
-        flow = flow_loss(velocity, batch.clean, batch.noise, batch.weights)
-        if not judged:
-            return {"loss": flow, "flow": flow.detach()}
-        identity, cosine = verdict(batch, velocity, faces)
-        return {"loss": flow + _IDENTITY_WEIGHT * identity, "flow": flow.detach(), "cosine": cosine}
+        return flow_loss(velocity, batch.clean, batch.noise, batch.weights)
+
+    def identity() -> tuple[Tensor, Tensor]:
+        index = bank.draw(faces)
+        with base.mixed_precision(device):
+            with torch.no_grad():
+                prompt = generator.text(bank.captions.pick(index))
+            attached = attach(references, bank.another(index), somebody)
+
+        def velocity(noisy: Tensor, times: Tensor, guidance: Tensor) -> Tensor:
+            with base.mixed_precision(device):
+                return flux.velocity(noisy, prompt, times, guidance, **attached)
+
+        return verdict(index, velocity)
+
+    def loss(progress: float) -> Losses:
+        learnt = flow()
+        if progress < _IDENTITY_FROM and not recipe.smoke:
+            return {"loss": learnt, "flow": learnt.detach()}
+        recognised, cosine = identity()
+        return {"loss": learnt + _IDENTITY_WEIGHT * recognised, "flow": learnt.detach(), "cosine": cosine}
 
     outcome = optimise(name, module, recipe, context.workspace, loss, rounded=rounded)
     context.workspace.save(name, module.state_dict(), halved=True)

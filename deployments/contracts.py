@@ -1,0 +1,157 @@
+"""The values that deployments hand to one another: frozen, never changed in flight, whole in themselves.
+
+Pictures of people enter as encoded bytes and leave as uint8 arrays; what lies between is here. Importing this imports numpy and
+nothing heavier. Knows no model, no HTTP and no Ray.
+
+Shapes: H, W in pixels of the upright picture (EXIF turn applied), colour order RGB, origin at the top left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RGB = NDArray[np.uint8]
+"""[H, W, 3], 0..255."""
+Floats = NDArray[np.float32]
+
+Need = Literal["embedding", "judge", "attributes", "aligned"]
+"""What an analysis is to find beside box, score and landmarks; each costs time, so nothing comes unasked."""
+
+FaceIndex = int | Literal["largest"] | None
+"""Which face of a picture is meant: its place in the order of `PictureFaces.faces`. None: there is to be only one."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Face:
+    """One face of one picture.
+
+    box: [4] x0, y0, x1, y1 in pixels. score: of the detector, 0..1. landmarks: [5, 2] x, y in pixels, centre of the first pixel at 0:
+    the eye at the picture's left, the other eye, nose, the corner of the mouth at the left, the other.
+    embedding (need `embedding`): [512] of the conditioning recogniser, raw: its length means something to PuLID.
+    judge_embedding (need `judge`): [512], unit length, of the recogniser that conditions nothing; every cosine shown is this one's.
+    age (years), sex (need `attributes`). aligned, labels (need `aligned`): the FFHQ-512 crop, RGB [512, 512, 3], and its parsing
+    map [512, 512] uint8 in CelebAMask's order of 19 classes.
+    """
+
+    box: Floats
+    score: float
+    landmarks: Floats
+    embedding: Floats | None = None
+    judge_embedding: Floats | None = None
+    age: int | None = None
+    sex: Literal["F", "M"] | None = None
+    aligned: RGB | None = None
+    labels: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PictureFaces:
+    """Every face of a picture, by area of the box, largest first, then left to right. size: (W, H) pixels."""
+
+    size: tuple[int, int]
+    faces: tuple[Face, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PersonPictures:
+    """The reference pictures of one person, as they came: encoded bytes. face_index: which face is meant in each of them."""
+
+    pictures: tuple[bytes, ...]
+    face_index: FaceIndex = None
+
+
+@dataclass(frozen=True, eq=False)
+class Person:
+    """One person, found: the chosen face in each reference picture, and the pictures, for methods that see more than the face."""
+
+    faces: tuple[Face, ...]
+    pictures: tuple[RGB, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityRequest:
+    """How one person acts on a picture.
+
+    method: a family of the catalogue's identity entries (`pulid`, `xlabs-ip-adapter-v2`); version: of its weights, where several fit.
+    weight: strength, 0 is exactly the base. start, end: window in percents of the schedule, 0..1. options: what only this method
+    knows (`weight_type` of XLabs).
+    """
+
+    method: str
+    version: str | None = None
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    options: Mapping[str, str | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class IdentityTokens:
+    """One person as a method's denoiser half reads them. tokens: [1, n, width] on the CPU; unconditional: nobody's, same shape.
+
+    model: the catalogue's id of the weights that made them.
+    """
+
+    model: str
+    tokens: Tensor
+    unconditional: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEmbeds:
+    """Texts as FLUX reads them, on the CPU. states: [n, length, width] of T5; pooled: [n, width] of CLIP. One row a text."""
+
+    states: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSpec:
+    """One picture, wholly determined: the same spec with the same inputs gives the same pixels on the same machine.
+
+    base: the catalogue's id. width, height: pixels, multiples of 16. guidance_scale: distilled guidance. true_cfg_scale: 1 is off;
+    true_cfg_start: percent of the schedule from which it acts. identities: one a person and method.
+    """
+
+    base: str
+    prompt: str
+    negative_prompt: str = ""
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    true_cfg_scale: float = 1.0
+    true_cfg_start: float = 0.0
+    seed: int
+    max_sequence_length: int
+    identities: tuple[IdentityRequest, ...] = ()
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether a second pass is ever made. The reference's own tolerance: ToTheBeginning/PuLID, flux/sampling.py."""
+        return abs(self.true_cfg_scale - 1) > 1e-2 and self.true_cfg_start < 1
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """A step that is done. step: 1..total. preview: a small RGB, if one was asked for."""
+
+    step: int
+    total: int
+    preview: RGB | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The finished picture, and the seconds spent on each stage of drawing it."""
+
+    picture: RGB
+    seconds: Mapping[str, float]
