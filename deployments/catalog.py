@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -25,6 +25,9 @@ POLICY_VARIABLE = "LICENSE_POLICY"
 
 Role = Literal["base", "identity", "control", "lora", "faces", "parser", "judge", "keypoints", "attributes"]
 Policy = Literal["any", "commercial"]
+Part = Literal["prompts", "denoiser", "encoder", "adapter"]
+ImportString = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+"""`module:object`."""
 
 
 class _Strict(BaseModel):
@@ -47,18 +50,21 @@ class Entry(_Strict):
     fits: ids of the base models that it works on; empty for what does not attach to a base.
     defaults: request fields where the caller leaves them out. memory_bytes: held by a process that loaded it, where measured.
     options: what the implementation has to be told.
+    parts: where a model runs in several processes, what each of them imports: `prompts` and `denoiser` of a base model, `encoder`
+    and `adapter` of an identity method.
     """
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     role: Role
     family: str = Field(min_length=1)
-    implementation: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+    implementation: ImportString
     weights: Mapping[str, WeightFile | WeightFolder] = Field(min_length=1)
     licence: Licence
     fits: tuple[str, ...] = ()
     defaults: Mapping[str, JsonValue] = {}
     memory_bytes: int | None = Field(default=None, gt=0)
     options: Mapping[str, JsonValue] = {}
+    parts: Mapping[Part, ImportString] = {}
 
 
 class Refusal(_Strict):
@@ -136,15 +142,14 @@ class Catalog(_Strict):
         policy: defaults to the installation's, see `license_policy`.
         """
         refuse_licence(entry, policy if policy is not None else license_policy())
-        module, _, path = entry.implementation.partition(":")
-        try:
-            found: object = import_module(module)
-            for name in path.split("."):
-                found = getattr(found, name)
-        except (ImportError, AttributeError) as error:
-            message = f"The implementation {entry.implementation} of {entry.id} cannot be imported: {error}."
-            raise InvalidCatalog(message, "Install the extra that brings it, or correct the entry.") from error
-        return found
+        return _imported(entry.implementation, entry.id)
+
+    def part(self, entry: Entry, name: Part) -> Any:
+        """Imports one part of an entry. Raises LicenseRefused before anything is imported, InvalidCatalog if there is none."""
+        refuse_licence(entry, license_policy())
+        if name not in entry.parts:
+            raise InvalidCatalog(f"{entry.id} names no {name} under `parts`.", "Correct the entry, or choose another model.")
+        return _imported(entry.parts[name], entry.id)
 
     def fitting(self, method: str, base: str, role: Role = "identity") -> Entry:
         """The entry of `role` that does `method` (a family, or an id) on the base model with the id `base`.
@@ -164,6 +169,18 @@ class Catalog(_Strict):
         fitting = sorted(entry.family for entry in self.models.values() if entry.role == role and base in entry.fits)
         instead = f"On {base} use {_either(fitting)}." if fitting else f"Nothing of role {role} fits {base}: use another base."
         raise UnsupportedCombination(f"No weights of {method} fit {base}.", instead, {"instead": fitting})
+
+
+def _imported(name: str, owner: str) -> object:
+    module, _, path = name.partition(":")
+    try:
+        found: object = import_module(module)
+        for step in path.split("."):
+            found = getattr(found, step)
+    except (ImportError, AttributeError) as error:
+        message = f"The implementation {name} of {owner} cannot be imported: {error}."
+        raise InvalidCatalog(message, "Install the extra that brings it, or correct the entry.") from error
+    return found
 
 
 def license_policy() -> Policy:

@@ -76,6 +76,14 @@ class Person:
     pictures: tuple[RGB, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class People:
+    """Every person of a request, in its order. seconds: spent on each stage so far; it travels with the data, up to the answer."""
+
+    persons: tuple[Person, ...]
+    seconds: Mapping[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class IdentityRequest:
     """How one person acts on a picture.
@@ -106,11 +114,28 @@ class IdentityTokens:
 
 
 @dataclass(frozen=True, eq=False)
+class Identities:
+    """Every identity of a request, in its order, and the seconds spent so far."""
+
+    tokens: tuple[IdentityTokens, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class PromptEmbeds:
     """Texts as FLUX reads them, on the CPU. states: [n, length, width] of T5; pooled: [n, width] of CLIP. One row a text."""
 
     states: Tensor
     pooled: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The texts of a request. unread: of each text the end that the length left no room for. seconds: spent so far."""
+
+    embeds: PromptEmbeds
+    unread: tuple[str, ...]
+    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,15 @@ Knows nothing of HTTP, Ray or models: the ingress reads `code` and `status`, the
     │   ├── LoraIncompatible          lora_incompatible          422
     │   └── LicenseRefused            license_refused            403
     ├── QueueFull                     queue_full                 429
+    ├── Cancelled                     canceled                   499
+    ├── ServerUnreachable             server_unreachable         503
     ├── WeightsError
+    │   ├── FetchFailed               fetch_failed               503
     │   ├── MissingWeights            missing_weights            503
     │   ├── DamagedWeights            damaged_weights            503
     │   ├── UnsafeWeights             unsafe_weights             503
     │   └── CheckpointMismatch        checkpoint_mismatch        503
+    ├── ProviderUnavailable           provider_unavailable       503
     └── InvalidCatalog                invalid_catalog            500
 
 A code, once published, never changes its meaning. Codes are spelt as the wire spells them (`license`), texts are British.
@@ -132,11 +136,35 @@ class QueueFull(LikenessError):
     advice = "Send the request again later."
 
 
+class Cancelled(LikenessError):
+    """Whoever asked has cancelled or gone, and the work was stopped before its end."""
+
+    code = "canceled"
+    # nginx's number for a client that closed the request; nobody is left to read it, logs and metrics are.
+    status = 499
+    advice = "Send the request again if the picture is wanted after all."
+
+
+class ServerUnreachable(LikenessError):
+    """The client could not speak with the server: nobody answers at the address, or the answer is not Likeness's."""
+
+    code = "server_unreachable"
+    status = 503
+    advice = "Check the address, and that the server is running (`likeness serve`)."
+
+
 class WeightsError(LikenessError):
     """The files of a model cannot be used as they are; the operator, not the caller, has to act."""
 
     code = "weights_error"
     status = 503
+
+
+class FetchFailed(WeightsError):
+    """A file of weights could not be fetched from where it is published."""
+
+    code = "fetch_failed"
+    advice = "Check the network and run the command again: it goes on where it stopped."
 
 
 class MissingWeights(WeightsError):
@@ -164,6 +192,14 @@ class CheckpointMismatch(WeightsError):
 
     code = "checkpoint_mismatch"
     advice = "Use the checkpoint that was made for this model and this configuration of it."
+
+
+class ProviderUnavailable(LikenessError):
+    """The hardware or library that a setting asks the face models to run on does not run them here."""
+
+    code = "provider_unavailable"
+    status = 503
+    advice = "Install what the provider needs (for cuda: the extra `gpu`, a driver and a visible GPU), or set the provider to cpu."
 
 
 class InvalidCatalog(LikenessError):

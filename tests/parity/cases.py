@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,28 @@ FLUX: dict[str, Any] = {
     "joint_attention_dim": 20, "pooled_projection_dim": 12, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
 }  # fmt: skip
 WEIGHTS = (0.75, 2.0)
+STEPS = 5
+GUIDANCE = 3.5
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """One run of the whole loop, in the reference's words: step numbers, of STEPS. weight None: no identity."""
+
+    name: str
+    weight: float | None = 1.0
+    start_step: int = 0
+    true_cfg: float = 1.0
+    timestep_to_start_cfg: int = 1
+
+
+DENOISINGS = (
+    Denoising("nobody", weight=None),
+    Denoising("identity", weight=0.75),
+    Denoising("late_identity", start_step=2),
+    Denoising("true_cfg", true_cfg=3.0, timestep_to_start_cfg=0),
+    Denoising("delayed_true_cfg_and_identity", weight=1.5, start_step=1, true_cfg=2.5, timestep_to_start_cfg=3),
+)
 
 
 def transformer() -> FluxTransformer2DModel:
@@ -54,4 +77,15 @@ def flux_input() -> dict[str, Any]:
         "guidance": torch.tensor([1.0, 3.5]),
         "img_ids": rows,
         "txt_ids": torch.zeros(4, 3),
+    }
+
+
+def denoise_input() -> dict[str, Tensor]:
+    """One picture of 3 x 2 tokens: the noise, prompt and negative prompt, the identity and nobody's."""
+    return {
+        "noise": named_tensor("noise", 1, 6, FLUX["in_channels"]),
+        "positions": flux_input()["img_ids"],
+        **{f"{which}states": named_tensor(f"{which}states", 1, 4, FLUX["joint_attention_dim"]) for which in ("", "negative_")},
+        **{f"{which}pooled": named_tensor(f"{which}pooled", 1, FLUX["pooled_projection_dim"]) for which in ("", "negative_")},
+        **{which: named_tensor(which, 1, PULID.queries, PULID.output_dim) for which in ("own", "nobody")},
     }

@@ -1,4 +1,4 @@
-"""Writes goldens/pulid.npz and goldens/eva_clip.npz by running the published PuLID code: see goldens/README.md.
+"""Writes goldens/pulid.npz, goldens/eva_clip.npz and goldens/denoise.npz by running the published PuLID code: see goldens/README.md.
 
     PYTHONPATH=. python tests/parity/make_goldens.py <checkout of ToTheBeginning/PuLID>
 
@@ -120,7 +120,7 @@ def _norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def pulid_golden() -> dict[str, Tensor]:
+def _reference_pulid() -> Any:
     reference = importlib.import_module("pulid.encoders_transformer")
     config = cases.PULID
     pulid: Any = nn.Module()
@@ -133,12 +133,22 @@ def pulid_golden() -> dict[str, Tensor]:
         for _ in range(config.attentions)
     )
     fill(pulid)
+    return pulid
+
+
+def _reference_flux_with(pulid: Any) -> Any:
+    flux, config = _reference_flux(cases.transformer()), cases.PULID
+    flux.pulid_ca, flux.pulid_double_interval, flux.pulid_single_interval = pulid.pulid_ca, config.double_interval, config.single_interval
+    return flux
+
+
+def pulid_golden() -> dict[str, Tensor]:
+    pulid, config = _reference_pulid(), cases.PULID
     condition, states = cases.encoder_input()
     tokens = pulid.pulid_encoder(condition, states)
     nobody = pulid.pulid_encoder(torch.zeros_like(condition[:1]), [torch.zeros_like(state[:1]) for state in states])
 
-    flux = _reference_flux(cases.transformer())
-    flux.pulid_ca, flux.pulid_double_interval, flux.pulid_single_interval = pulid.pulid_ca, config.double_interval, config.single_interval
+    flux = _reference_flux_with(pulid)
     call = cases.flux_input()
     original = {"img": call["hidden_states"], "img_ids": call["img_ids"].expand(2, -1, -1), "txt": call["encoder_hidden_states"],
                 "txt_ids": call["txt_ids"].expand(2, -1, -1), "timesteps": call["timestep"], "y": call["pooled_projections"],
@@ -148,11 +158,28 @@ def pulid_golden() -> dict[str, Tensor]:
     return {"tokens": tokens, "unconditional": nobody, "velocity_base": flux(**original), **velocities}
 
 
+def denoise_golden() -> dict[str, Tensor]:
+    """The latents that the reference's loop ends with, for every case."""
+    sampling = importlib.import_module("flux.sampling")
+    flux, call = _reference_flux_with(_reference_pulid()), cases.denoise_input()
+    ids = {"img_ids": call["positions"][None], "txt_ids": torch.zeros(1, 4, 3), "neg_txt_ids": torch.zeros(1, 4, 3)}
+    texts = {"txt": call["states"], "vec": call["pooled"], "neg_txt": call["negative_states"], "neg_vec": call["negative_pooled"]}
+    timesteps = sampling.get_schedule(cases.STEPS, call["noise"].shape[1])
+    return {
+        case.name: sampling.denoise(
+            flux, call["noise"], **ids, **texts, timesteps=timesteps, guidance=cases.GUIDANCE, id_weight=case.weight or 0.0,
+            id=None if case.weight is None else call["own"], uncond_id=call["nobody"], start_step=case.start_step,
+            true_cfg=case.true_cfg, timestep_to_start_cfg=case.timestep_to_start_cfg,
+        )
+        for case in cases.DENOISINGS
+    }  # fmt: skip
+
+
 def main(checkout: Path) -> None:
     sys.path.insert(0, str(checkout))
     torch.set_num_threads(1)
     with torch.no_grad():
-        for name, golden in (("eva_clip", eva_golden(checkout)), ("pulid", pulid_golden())):
+        for name, golden in (("eva_clip", eva_golden(checkout)), ("pulid", pulid_golden()), ("denoise", denoise_golden())):
             arrays: dict[str, Any] = {key: value.numpy() for key, value in golden.items()}
             np.savez_compressed(GOLDENS / f"{name}.npz", **arrays)
 

@@ -291,7 +291,7 @@ def test_separation_says_how_well_people_are_told_apart() -> None:
 
 def test_verification_measures_every_model_of_a_pack(pack: Path) -> None:
     figures = verification.verify(pack, 4)
-    assert set(figures["detection"]) == {"default", "640", "192"}
+    assert set(figures["detection"]) == {"default", "192", "320"}
     assert set(figures["recognition"]) == {"recogniser", "judge"}
     assert set(figures["attributes"]) == set(attributes.LABELS) and 0 <= figures["parser"]["mean_iou"] <= 1
 

@@ -1,0 +1,44 @@
+"""What every family of denoisers is to its server: one method, which draws one picture and can be stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from deployments.contracts import Drawn, GenerationSpec, IdentityTokens, Progress, PromptEmbeds
+
+OnStep = Callable[[Progress], None]
+"""Called in the drawing thread after every step; what it does delays the next one."""
+Cancelled = Callable[[], bool]
+"""Whether nobody wants the picture any more; asked before every forward, so it must be quick."""
+
+
+def ignored(progress: Progress) -> None:
+    """Where nobody watches."""
+
+
+def never() -> bool:
+    """Where nobody can cancel."""
+    return False
+
+
+class Denoiser(Protocol):
+    """One base model with the adapters that were attached to it. Draws one picture at a time; a second thread waits its turn."""
+
+    def draw(
+        self,
+        spec: GenerationSpec,
+        embeds: PromptEmbeds,
+        identities: Sequence[IdentityTokens] = (),
+        *,
+        on_step: OnStep = ignored,
+        cancelled: Cancelled = never,
+    ) -> Drawn:
+        """The picture of a spec. The same spec and inputs give the same pixels, whatever was drawn before.
+
+        embeds: row 0 is the prompt, row 1 (only if `spec.needs_negative`) the negative prompt. identities: one for each of
+        `spec.identities`, in their order. Decoding is the last step that is reported.
+        Raises Cancelled: no forward starts after `cancelled` has said so. Raises InvalidRequest and UnsupportedCombination before
+        anything is computed.
+        """
+        ...

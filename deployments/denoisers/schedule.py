@@ -1,0 +1,43 @@
+"""When things happen: the noise levels of a flow-matching sampler, and which of its steps lie in a window.
+
+The sampler is diffusers' own, made anew for every request because it counts its steps. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+# In steps. A window that was meant as 4/28 and written with six digits begins at step 4, for up to 200 steps.
+_EPSILON = 1e-4
+# Where a scheduler's configuration is silent: FLUX.1's own numbers (diffusers, pipelines/flux/pipeline_flux.py: calculate_shift).
+_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def active(step: int, steps: int, start: float, end: float) -> bool:
+    """Whether step 0..steps-1 lies in the window start..end, percents of the schedule (0..1): ceil(start N) <= i < floor(end N)."""
+    return math.ceil(start * steps - _EPSILON) <= step < math.floor(end * steps + _EPSILON)
+
+
+def shift_of(config: Mapping[str, Any], tokens: int) -> float:
+    """Exponent by which a picture of that many tokens has its noise levels raised: a line through two points (dynamic shifting)."""
+    short, long, low, high = (float(config.get(name, usual)) for name, usual in _SHIFT.items())
+    slope = (high - low) / (long - short)
+    return tokens * slope + (low - slope * short)
+
+
+def sampler(config: Mapping[str, Any], steps: int, tokens: int, device: torch.device | str = "cpu") -> FlowMatchEulerDiscreteScheduler:
+    """An Euler sampler at its beginning, with the noise levels that stock FluxPipeline would use.
+
+    config: of the pipeline folder's scheduler; with a static shift in it (`use_dynamic_shifting` false) the tokens do not matter.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift_of(config, tokens), device=device)
+    # Otherwise the first step looks its own place up, which waits for the GPU.
+    scheduler.set_begin_index(0)
+    return scheduler

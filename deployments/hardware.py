@@ -1,0 +1,50 @@
+"""What a process may use of the machine: its device, its share of a GPU's memory, its threads.
+
+Ray's fractions of a GPU are bookkeeping; here they are kept. Knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.errors import ProviderUnavailable
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class TorchSettings(BaseModel):
+    """device: where the models of a process lie. gpu_fraction: the most of the GPU's memory that it may take (1: all).
+    dtype: of weights and activations. torch_threads: of one operation on the CPU; Ray gives a small replica one otherwise.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Device = "cpu"
+    gpu_fraction: float = Field(default=1.0, gt=0, le=1)
+    dtype: Dtype = "float32"
+    torch_threads: int = Field(default=1, ge=1)
+
+
+def claim(settings: TorchSettings) -> torch.dtype:
+    """Applies the settings to this process, before its first model is loaded; returns the type of weights.
+
+    Raises ProviderUnavailable without the GPU asked for.
+    """
+    # Contending processes whose threads spin while they wait are three times slower; read when OpenMP starts.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+
+    torch.set_num_threads(settings.torch_threads)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ProviderUnavailable("The settings ask for a GPU, and torch sees none in this process.")
+    if settings.device == "cuda" and settings.gpu_fraction < 1:
+        torch.cuda.set_per_process_memory_fraction(settings.gpu_fraction)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype

@@ -1,0 +1,54 @@
+"""IdentityServer: people in, identity tokens out, by every method that is deployed. See deployments/identity/."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, cast
+
+from deployments.catalog import Entry, load_catalog
+from deployments.contracts import Identities, IdentityRequest, People
+from deployments.errors import UnsupportedCombination
+from deployments.hardware import TorchSettings, claim
+from deployments.weights import WeightFile, WeightFolder, locate, locate_folder
+
+if TYPE_CHECKING:
+    from deployments.identity.base import IdentityEncoder
+
+
+class IdentityServer:
+    def __init__(self, methods: Sequence[str], settings: TorchSettings) -> None:
+        """methods: ids of identity entries of the catalogue; each encoder is loaded here."""
+        dtype = claim(settings)
+        catalog = load_catalog()
+        entries = [catalog.entry(method) for method in methods]
+        self._encoders: dict[str, IdentityEncoder] = {}
+        for entry in entries:
+            adapter, image_encoder = (located(entry, part) for part in ("adapter", "image_encoder"))
+            encoder = catalog.part(entry, "encoder")
+            self._encoders[entry.family] = encoder(adapter, image_encoder, settings.device, dtype, model=entry.id)
+        self._turn = Lock()
+
+    def encode(self, people: People, requests: Sequence[IdentityRequest]) -> Identities:
+        """Tokens of person k for request k. Raises UnsupportedCombination for a method that is not deployed here."""
+        started = time.perf_counter()
+        with self._turn:
+            tokens = tuple(self._encoder(request).encode(person) for person, request in zip(people.persons, requests, strict=True))
+        return Identities(tokens, {**people.seconds, "identity": time.perf_counter() - started})
+
+    def ready(self) -> bool:
+        return True
+
+    def _encoder(self, request: IdentityRequest) -> IdentityEncoder:
+        if request.method not in self._encoders:
+            there = ", ".join(self._encoders) or "none"
+            raise UnsupportedCombination(f"{request.method} is not deployed on this server.", f"Deployed are: {there}.")
+        return self._encoders[request.method]
+
+
+def located(entry: Entry, part: str) -> Path:
+    """Where one part of an entry's weights lies."""
+    weight = entry.weights[part]
+    return locate_folder(weight) if isinstance(weight, WeightFolder) else locate(cast(WeightFile, weight))

@@ -1,0 +1,58 @@
+"""The graph: the only file that binds deployments together.
+
+    ingress -> Workflows -> FaceServer, PromptServer, IdentityServer, DenoiserServer
+
+Builders take one typed argument, which Ray reads from the annotation itself: this module has no `from __future__ import annotations`
+(the builder would silently get a raw dictionary).
+"""
+
+from typing import Any
+
+import ray.serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from deployments.denoiser_server import DenoiserServer
+from deployments.face_server import FaceServer
+from deployments.identity_server import IdentityServer
+from deployments.prompt_server import PromptServer
+from serve.ingress import HandleCalls, api
+from serve.settings import AppSettings, Pool, TorchPool
+from serve.workflows import Workflows
+
+
+@ray.serve.ingress()
+class Ingress:
+    """Serve's wrapper around the routes."""
+
+    def __init__(self, settings: AppSettings, workflows: DeploymentHandle) -> None:
+        self._settings, self._workflows = settings, workflows
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return api(HandleCalls(self._workflows), self._settings.max_body_bytes)
+
+
+def build(settings: AppSettings) -> Application:
+    """The whole application, with its HTTP door: `ray.serve.run(build(settings))`, or `import_path: serve.app:build`."""
+    return _deployed(Ingress, settings.ingress).bind(settings, build_workflows(settings))
+
+
+def build_workflows(settings: AppSettings) -> Application:
+    """The same without the door: its handle's methods are those of Workflows."""
+    limits = settings.limits.value
+    faces = _deployed(FaceServer, settings.faces.pool).bind(settings.faces.models, limits)
+    prompts = _deployed(PromptServer, settings.prompts.pool, settings.prompts).bind(settings.base, settings.prompts.torch)
+    identity = _deployed(IdentityServer, settings.identity.pool, settings.identity).bind(settings.methods, settings.identity.torch)
+    denoiser = _deployed(DenoiserServer, settings.denoiser.pool, settings.denoiser).bind(
+        settings.base, settings.methods, settings.denoiser.torch
+    )
+    return _deployed(Workflows, settings.workflows).bind(settings, faces, prompts, identity, denoiser)
+
+
+def _deployed(server: Any, pool: Pool, models: TorchPool | None = None) -> Any:
+    """The class as a deployment, with everything that its pool says. Threads are set before the process imports a model library."""
+    options = pool.options()
+    threads = str(models.torch.torch_threads) if models is not None else "1"
+    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+    options["ray_actor_options"] = {**options["ray_actor_options"], "runtime_env": {"env_vars": environment}}
+    return ray.serve.deployment(server, name=server.__name__).options(**options)

@@ -1,0 +1,78 @@
+"""From a request type to a subcommand: one option a field, its help the field's own. Knows typer, and no workflow by name."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from serve.attachments import PICTURE_FIELDS
+
+_PICTURES = "reference_images"
+# One way on the command line for what a body may say in several: people with all that is theirs come as --body.
+_LEFT_OUT = frozenset({"reference_image", "identity", "identities", "response_format", "denoise"})
+_FIRST = ("prompt", _PICTURES, "workflow")
+_SHORT: Mapping[str, str] = {"prompt": "-p", _PICTURES: "-r", "seed": "-s", "n": "-n", "size": "-S", "workflow": "-w"}
+_SPELT: Mapping[str, tuple[str, ...]] = {
+    _PICTURES: ("--reference-image", "--reference"),
+    "num_inference_steps": ("--steps", "--num-inference-steps"),
+}
+
+Run = Callable[[dict[str, Any]], None]
+
+
+def command(request: type[BaseModel], run: Run, extra: Mapping[str, Any]) -> Callable[..., None]:
+    """A function that typer makes a command of: every field of `request` as an option that is None where it is not given, then `extra`.
+
+    run: gets the values by field name, those not given left out. extra: further parameters, name -> an Annotated type with its default.
+    """
+
+    def body(**values: Any) -> None:
+        run({name: value for name, value in values.items() if value is not None and value != []})
+
+    names = [*(name for name in _FIRST if name in request.model_fields), *(name for name in request.model_fields if name not in _FIRST)]
+    parameters = [_option(name, request.model_fields[name]) for name in names if name not in _LEFT_OUT]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in extra.items()
+    ]
+    body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    body.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return body
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    flags = list(_SPELT.get(name, (f"--{name.replace('_', '-')}",)))
+    annotation = _plain(field.annotation)
+    if annotation is bool:
+        flags[0] += f"/--no-{name.replace('_', '-')}"
+    if name in _SHORT:
+        flags.append(_SHORT[name])
+    text = field.description or ""
+    if name == _PICTURES:
+        text = "A picture of the person (PNG, JPEG, WebP). Give it again for more pictures of the same person; they are averaged."
+    if field.is_required():
+        text = f"{text} [needed, here or in --body]"
+    elif field.default not in (None, ""):
+        text = f"{text} [default: {field.default}]"
+    info = typer.Option(*flags, help=text, show_default=False)
+    kind = list[Path] if name in PICTURE_FIELDS else annotation
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+
+
+def _plain(annotation: Any) -> Any:
+    """What the command line reads: int, float, bool, str, a choice. Constraints stay with the request type, which checks them."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        kinds = [_plain(part) for part in get_args(annotation) if part is not type(None)]
+        return kinds[0] if len(kinds) == 1 else str
+    if get_origin(annotation) is Literal or annotation in (int, float, bool):
+        return annotation
+    return str

@@ -1,0 +1,215 @@
+"""HTTP: routes of a few lines each, one table from errors to answers, and the limits of a body. Knows no model and no handle's internals.
+
+`api(calls)` is a plain FastAPI application over anything that answers `Calls`: the ingress deployment wraps it with a Ray Serve handle,
+the command line and the tests with a handle of the local testing mode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull
+from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
+from serve.presets import Preset, load_presets
+from serve.problem import MEDIA_TYPE, Problem, problem_of
+from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
+
+_RETRY_AFTER_S = 2
+_MULTIPART = "multipart/form-data"
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": text}
+    for code, text in ((422, "The request cannot be done; `code` says why, `remedy` what to do."), (429, "As many wait as may wait."))
+}
+# Headers by which a caller could change what Ray Serve does with the request behind our back.
+_REFUSED_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+
+
+class Calls(Protocol):
+    """What the routes need; the methods of `serve.workflows.Workflows`."""
+
+    async def generate(self, workflow: str | None, body: Mapping[str, Any]) -> GenerateResponse: ...
+    async def analyze(self, body: Mapping[str, Any]) -> AnalyzeResponse: ...
+    async def compare(self, body: Mapping[str, Any]) -> CompareResponse: ...
+    async def workflows(self) -> WorkflowsResponse: ...
+    async def models(self) -> ModelsResponse: ...
+    async def ready(self) -> dict[str, bool]: ...
+
+
+class HandleCalls:
+    """Calls through the DeploymentHandle of Workflows."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*args: Any) -> Any:
+            return await getattr(self._handle, name).remote(*args)
+
+        return call
+
+
+def api(calls: Calls, max_body_bytes: int, presets: Mapping[str, Preset] | None = None) -> FastAPI:
+    """The application. max_body_bytes: of a request; more is refused while it is read."""
+    app = FastAPI(title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None)
+    for kind in (LikenessError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer)
+    app.middleware("http")(_refuse_headers)
+
+    async def body(request: Request) -> dict[str, Any]:
+        return await _body(request, max_body_bytes)
+
+    async def generate(request: Request, workflow: str | None = None) -> Response:
+        return _json(await calls.generate(workflow, await body(request)))
+
+    async def analyze(request: Request) -> Response:
+        return _json(await calls.analyze(await body(request)))
+
+    async def compare(request: Request) -> Response:
+        return _json(await calls.compare(await body(request)))
+
+    async def workflows() -> WorkflowsResponse:
+        return await calls.workflows()
+
+    async def models() -> ModelsResponse:
+        return await calls.models()
+
+    async def alive() -> dict[str, str]:
+        return {"status": "alive"}
+
+    async def ready() -> dict[str, bool]:
+        return await calls.ready()
+
+    _route(app, "/v1/generate", generate, GenerateRequest, GenerateResponse, "Pictures by any workflow")
+    for preset in (load_presets() if presets is None else presets).values():
+        _route(app, preset.endpoint, _named(calls, body, preset.name), preset.request_type, GenerateResponse, preset.description)
+    _route(app, "/v1/faces/analyze", analyze, AnalyzeRequest, AnalyzeResponse, "The faces of a picture")
+    _route(app, "/v1/faces/compare", compare, CompareRequest, CompareResponse, "Whether two pictures show the same person")
+    app.get("/v1/workflows")(workflows)
+    app.get("/v1/models")(models)
+    app.get("/healthz")(alive)
+    app.get("/readyz", responses={503: {"model": Problem}})(ready)
+    return app
+
+
+def _named(calls: Calls, body: Any, workflow: str) -> Any:
+    async def generate(request: Request) -> Response:
+        return _json(await calls.generate(workflow, await body(request)))
+
+    return generate
+
+
+def _route(app: FastAPI, path: str, function: Any, body: type[BaseModel], answer: type[BaseModel], text: str) -> None:
+    """The body is read and checked by ourselves; what it is stands in the documentation all the same."""
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    parts = schema.pop("$defs", {})
+    content = {media: {"schema": _inlined(schema, parts)} for media in ("application/json", _MULTIPART)}
+    extra = {"requestBody": {"required": True, "content": content}}
+    app.add_api_route(
+        path, function, methods=["POST"], response_model=answer, responses=_ERRORS, openapi_extra=extra,
+        name=path.strip("/"), summary=text.split(":")[0][:80], description=text,
+    )  # fmt: skip
+
+
+def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
+    """The schema with its references replaced by what they name: FastAPI knows nothing of bodies that it does not parse."""
+    if isinstance(schema, list):
+        return [_inlined(item, parts) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(parts[schema["$ref"].rsplit("/", 1)[1]], parts)
+    return {key: _inlined(value, parts) for key, value in schema.items()}
+
+
+async def _body(request: Request, limit: int) -> dict[str, Any]:
+    """JSON, or a form whose files are pictures. Raises InvalidRequest for anything else, and for more than `limit` bytes."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media == _MULTIPART:
+        return await _form(request, limit)
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > limit:
+            raise _too_large(limit)
+    try:
+        body = json.loads(content)
+    except ValueError as error:
+        raise InvalidRequest(f"The body is no JSON: {error}.", "Send JSON (content-type: application/json) or a form.") from error
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body is not a JSON object.", 'Send fields and their values: {"prompt": "..."}.')
+    return body
+
+
+async def _form(request: Request, limit: int) -> dict[str, Any]:
+    """Fields of a form; those that repeat, and `reference_images`, become lists; values that are JSON are read as such."""
+    if int(request.headers.get("content-length", limit + 1)) > limit:
+        raise _too_large(limit)
+    body: dict[str, Any] = {}
+    async with request.form(max_files=64, max_part_size=limit) as form:
+        for name in form:
+            values = [await _value(item) for item in form.getlist(name)]
+            body[name] = values if len(values) > 1 or name == "reference_images" else values[0]
+    return body
+
+
+async def _value(item: UploadFile | str) -> Any:
+    if isinstance(item, UploadFile):
+        return base64.b64encode(await item.read()).decode()
+    try:
+        value = json.loads(item)
+    except ValueError:
+        return item
+    return value if isinstance(value, int | float | bool | dict | list) else item
+
+
+def _too_large(limit: int) -> InvalidRequest:
+    return InvalidRequest(f"The body is larger than {limit} bytes.", "Send smaller pictures: JPEG, or fewer pixels.")
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def _refuse_headers(request: Request, call_next: Any) -> Response:
+    named = [name for name in _REFUSED_HEADERS if name in request.headers]
+    if named:
+        return await _answer(request, InvalidRequest(f"The header {named[0]} is not accepted.", "Leave it out."))
+    response: Response = await call_next(request)
+    return response
+
+
+async def _answer(request: Request, error: BaseException) -> Response:
+    """The one table from errors to answers."""
+    found = plain(error)
+    if isinstance(found, HTTPException):
+        problem = Problem(title="There is no such address or method.", status=found.status_code, detail=str(found.detail), code="not_found")
+    else:
+        problem = problem_of(found if isinstance(found, LikenessError) else _unforeseen(found))
+    headers = {"retry-after": str(_RETRY_AFTER_S)} if problem.status in (429, 503) else None
+    return Response(problem.model_dump_json(), status_code=problem.status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def plain(error: BaseException) -> BaseException:
+    """The error itself: one that crossed a deployment arrives wrapped, as often as it crossed."""
+    while (cause := getattr(error, "cause", None)) is not None and isinstance(cause, BaseException) and cause is not error:
+        error = cause
+    return error
+
+
+def _unforeseen(error: BaseException) -> LikenessError:
+    """Ray's own errors by name, so that this file needs no Ray; anything else is a fault of ours, told without its insides."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "BackPressureError" in kinds:
+        return QueueFull("As many requests wait as may wait.")
+    if isinstance(error, asyncio.CancelledError) or "RequestCancelledError" in kinds:
+        return Cancelled("The request was cancelled.")
+    return LikenessError(f"An unexpected {type(error).__name__}.")

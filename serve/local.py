@@ -1,0 +1,39 @@
+"""The whole application in this process: no cluster, no port. What the command line does without `--server`, and what tests use.
+
+The same graph, bound by the same builder, in Ray Serve's local testing mode; the same routes, over an ASGI transport.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from serve.client import Client
+from serve.ingress import HandleCalls, api
+from serve.settings import AppSettings, load_settings
+
+
+def local_handle(settings: AppSettings) -> Any:
+    """The handle of Workflows, everything behind it in this process. Models are loaded when this returns."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    import ray.serve
+
+    from serve.app import build_workflows
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    return ray.serve.run(build_workflows(settings), _local_testing_mode=True)
+
+
+@contextmanager
+def local_client(settings: AppSettings | None = None) -> Iterator[Client]:
+    """A client of the application in this process. settings: those of configs/serve/local.yaml unless given."""
+    chosen = settings if settings is not None else load_settings("local")
+    app = api(HandleCalls(local_handle(chosen)), chosen.max_body_bytes)
+    with Client("http://likeness.local", transport=httpx.ASGITransport(app)) as client:
+        yield client

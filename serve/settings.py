@@ -1,0 +1,169 @@
+"""AppSettings: what runs, in how many replicas, on which share of a GPU. The type of `args` in configs/serve/*.yaml.
+
+Ray's own schemas ignore keys they do not know; these do not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deployments.errors import InvalidCatalog
+from deployments.face_server import FaceSettings
+from deployments.hardware import TorchSettings
+from deployments.images import DEFAULT_LIMITS, Limits
+from deployments.prompt_server import PromptSettings
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "serve"
+_GPU_CLASS_LABEL = "gpu-class"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Autoscaling(_Strict):
+    """Replicas follow the load. target_ongoing_requests: what one replica should have at a time, running and waiting."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(ge=1)
+    target_ongoing_requests: float = Field(default=1.0, gt=0)
+    upscale_delay_s: float = Field(default=30.0, ge=0)
+    downscale_delay_s: float = Field(default=600.0, ge=0)
+
+
+class Pool(_Strict):
+    """The replicas of one deployment.
+
+    num_cpus, num_gpus: reserved for each replica; fractions of a GPU are kept by the process itself (see deployments/hardware.py).
+    gpu_class: our own label of nodes (`gpu-class: a6000`); Ray's autodetected names differ by version.
+    max_ongoing_requests: what a replica works on at once. max_queued_requests: what may wait for a free one; beyond it, queue_full.
+    graceful_shutdown_s: how long a replica that goes may finish its work: longer than the longest picture takes.
+    """
+
+    replicas: int = Field(default=1, ge=1)
+    autoscaling: Autoscaling | None = None
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    gpu_class: str | None = None
+    max_ongoing_requests: int = Field(default=1, ge=1)
+    max_queued_requests: int = Field(default=64, ge=1)
+    graceful_shutdown_s: float = Field(default=60.0, gt=0)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a Ray Serve deployment."""
+        actor: dict[str, Any] = {"num_cpus": self.num_cpus, **({"num_gpus": self.num_gpus} if self.num_gpus else {})}
+        if self.gpu_class is not None:
+            actor["label_selector"] = {_GPU_CLASS_LABEL: self.gpu_class}
+        scaling: dict[str, Any] = (
+            {"autoscaling_config": self.autoscaling.model_dump()} if self.autoscaling else {"num_replicas": self.replicas}
+        )
+        return {
+            **scaling,
+            "ray_actor_options": actor,
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
+            "graceful_shutdown_timeout_s": self.graceful_shutdown_s,
+        }
+
+
+class FacePool(_Strict):
+    """FaceServer."""
+
+    models: FaceSettings = FaceSettings(faces="faces-mini", judge="face-judge-mini", parser="face-parser-mini")
+    pool: Pool = Pool(max_ongoing_requests=2)
+
+
+class TorchPool(_Strict):
+    @model_validator(mode="after")
+    def _gpu_is_reserved(self) -> Self:
+        torch, pool = self._both()
+        if (torch.device == "cuda") != (pool.num_gpus > 0):
+            raise ValueError(f"device is {torch.device} with num_gpus {pool.num_gpus:g}; a GPU is used exactly if it is reserved")
+        if torch.device == "cuda" and torch.gpu_fraction > pool.num_gpus:
+            raise ValueError(f"gpu_fraction {torch.gpu_fraction:g} is more than the num_gpus {pool.num_gpus:g} that is reserved")
+        return self
+
+    def _both(self) -> tuple[TorchSettings, Pool]:
+        raise NotImplementedError
+
+
+class PromptPool(TorchPool):
+    """PromptServer."""
+
+    torch: PromptSettings = PromptSettings()
+    pool: Pool = Pool(max_ongoing_requests=2)
+
+    def _both(self) -> tuple[TorchSettings, Pool]:
+        return self.torch, self.pool
+
+
+class IdentityPool(TorchPool):
+    """IdentityServer."""
+
+    torch: TorchSettings = TorchSettings()
+    pool: Pool = Pool(max_ongoing_requests=2)
+
+    def _both(self) -> tuple[TorchSettings, Pool]:
+        return self.torch, self.pool
+
+
+class DenoiserPool(TorchPool):
+    """DenoiserServer. One transformer draws one picture at a time, so more ongoing requests would only wait inside."""
+
+    torch: TorchSettings = TorchSettings()
+    pool: Pool = Pool(max_ongoing_requests=1, max_queued_requests=32, graceful_shutdown_s=120)
+
+    def _both(self) -> tuple[TorchSettings, Pool]:
+        return self.torch, self.pool
+
+    @model_validator(mode="after")
+    def _one_at_a_time(self) -> Self:
+        if self.pool.max_ongoing_requests != 1:
+            raise ValueError("a denoiser draws one picture at a time: max_ongoing_requests is 1; add replicas instead")
+        return self
+
+
+class PictureLimits(_Strict):
+    """What a picture that comes in may be: bytes of its file, pixels (width x height)."""
+
+    bytes: int = Field(default=DEFAULT_LIMITS.bytes, ge=2**10)
+    pixels: int = Field(default=DEFAULT_LIMITS.pixels, ge=2**10)
+
+    @property
+    def value(self) -> Limits:
+        return Limits(bytes=self.bytes, pixels=self.pixels)
+
+
+class AppSettings(_Strict):
+    """base: the catalogue's id of the base model; methods: of the identity methods that fit it and are deployed with it.
+
+    workflows, ingress: these hold connections and no models; thousands may wait. limits: of reference pictures, where they are
+    opened; max_body_bytes: of a request. output_folder: where `response_format: file` writes; None refuses it.
+    """
+
+    base: str = "flux1-mini"
+    methods: tuple[str, ...] = ("pulid-mini", "xlabs-ip-adapter-mini")
+    faces: FacePool = FacePool()
+    prompts: PromptPool = PromptPool()
+    identity: IdentityPool = IdentityPool()
+    denoiser: DenoiserPool = DenoiserPool()
+    workflows: Pool = Pool(max_ongoing_requests=512, max_queued_requests=1024)
+    ingress: Pool = Pool(max_ongoing_requests=1024, max_queued_requests=2048)
+    limits: PictureLimits = PictureLimits()
+    max_body_bytes: int = Field(default=64 * 2**20, ge=2**10)
+    output_folder: str | None = None
+
+
+def load_settings(name: str = "local") -> AppSettings:
+    """The `args` of the first application in configs/serve/<name>.yaml, or in the file of that path. Raises InvalidCatalog."""
+    path = Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return AppSettings.model_validate(content["applications"][0]["args"])
+    except (OSError, KeyError, IndexError, TypeError, yaml.YAMLError, ValidationError) as error:
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise InvalidCatalog(f"{path} holds no valid settings: {error}", f"Correct it, or use one of: {known}.") from error

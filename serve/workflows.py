@@ -1,0 +1,288 @@
+"""Workflows: what each request composes out of the deployments' handles. Knows no HTTP: the ingress holds its handle, as any program may.
+
+    reference pictures -> FaceServer.people ---> IdentityServer.encode --+
+    prompt -------------> PromptServer.encode ---------------------------+--> DenoiserServer.generate -> picture
+                                                                               FaceServer.scores <-----------+
+
+What one deployment answers is handed on to the next unawaited, so that it travels from replica to replica; only pictures and scores
+come here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+
+from deployments import images
+from deployments.catalog import Entry, load_catalog
+from deployments.contracts import RGB, Drawn, Face, GenerationSpec, Identities, IdentityRequest, Need, PersonPictures, Progress
+from deployments.errors import InvalidRequest
+from serve.answers import (
+    AnalyzeResponse, CompareResponse, FaceInfo, GenerateResponse, ImageItem, LicenceInfo, ModelInfo, ModelsResponse, Score, Verdict,
+    WorkflowInfo, WorkflowsResponse,
+)  # fmt: skip
+from serve.normalise import entry_of, normalise, parse, recipe
+from serve.presets import Preset, load_presets
+from serve.problem import invalid
+from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
+from serve.settings import AppSettings
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+    from deployments.faces.comparison import Likeness
+
+SAME_PERSON_FROM = 0.3
+"""Cosine from which two faces count as one person's, unless a request says otherwise."""
+
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+@dataclass(frozen=True, eq=False)
+class _Party:
+    """The people of a request: what the face server answered (None without people), and how many references each has."""
+
+    people: Any
+    identities: Any
+
+
+class Workflows:
+    """Every handle is an argument, so that the same class runs on Ray, in one process, and in another Ray program."""
+
+    def __init__(
+        self,
+        settings: AppSettings,
+        faces: DeploymentHandle,
+        prompts: DeploymentHandle,
+        identity: DeploymentHandle,
+        denoiser: DeploymentHandle,
+    ) -> None:
+        self._settings, self._limits = settings, settings.limits.value
+        self._catalog, self._presets = load_catalog(), load_presets()
+        self._faces, self._prompts, self._identity = faces, prompts, identity
+        self._denoiser = denoiser.options(stream=True)
+        self._served = [
+            settings.base,
+            *settings.methods,
+            settings.faces.models.faces,
+            settings.faces.models.judge,
+            settings.faces.models.parser,
+        ]
+
+    async def generate(self, workflow: str | None, body: Mapping[str, Any]) -> GenerateResponse:
+        """The pictures of a request: of a workflow's own body, or with None of any (`POST /v1/generate`). Raises LikenessError."""
+        started = time.perf_counter()
+        request = await asyncio.to_thread(parse, workflow, body, self._presets)
+        if request.response_format == "file" and self._settings.output_folder is None:
+            raise InvalidRequest("This server writes no files.", "Ask for response_format b64_json.", {"param": "response_format"})
+        specs, persons = await asyncio.to_thread(normalise, None, request, self._catalog, self._settings.base, self._presets)
+        first = specs[0]
+        party = self._party(first.identities, tuple(persons), request.scores)
+        texts = (first.prompt, first.negative_prompt) if first.needs_negative else (first.prompt,)
+        unread = self._prompts.unread.remote(texts, first.max_sequence_length)
+        prompts = self._prompts.encode.remote(texts, first.max_sequence_length)
+        seconds: Counter[str] = Counter()
+        finishing: list[asyncio.Task[ImageItem]] = []
+        try:
+            for spec in specs:
+                drawn = await self._drawn(spec, party.identities, prompts)
+                # What went before the drawing is shared by all pictures of a request.
+                seconds.update(drawn.seconds if spec is first else {stage: drawn.seconds[stage] for stage in ("denoise", "decode")})
+                finishing.append(asyncio.create_task(self._finished(spec, drawn.picture, persons, party, request, seconds)))
+            items = await asyncio.gather(*finishing)
+        except BaseException:
+            for task in finishing:
+                task.cancel()
+            raise
+        seconds["total"] = time.perf_counter() - started
+        return self._answer(specs, persons, request, items, seconds, await unread)
+
+    async def analyze(self, body: Mapping[str, Any]) -> AnalyzeResponse:
+        """Every face of a picture."""
+        request = _parsed(AnalyzeRequest, body)
+        need: tuple[Need, ...] = (*(("attributes",) if request.attributes else ()), *(("judge",) if request.embeddings else ()))
+        (found,) = await self._faces.analyze.remote((images.from_text(request.image, self._limits),), need)
+        models = self._settings.faces.models
+        used = [self._catalog.entry(name) for name in (models.faces, *((models.judge,) if request.embeddings else ()))]
+        return AnalyzeResponse(
+            width=found.size[0],
+            height=found.size[1],
+            faces=[_face(index, face) for index, face in enumerate(found.faces)],
+            models=[entry.id for entry in used],
+            licences=[LicenceInfo.of(entry) for entry in used],
+        )
+
+    async def compare(self, body: Mapping[str, Any]) -> CompareResponse:
+        """Whether two pictures show the same person."""
+        request = _parsed(CompareRequest, body)
+        sides = ((request.first, request.first_face_index), (request.second, request.second_face_index))
+        persons = tuple(PersonPictures((images.from_text(text, self._limits),), face) for text, face in sides)
+        found = await self._faces.people.remote(persons, ("judge",))
+        first, second = (person.faces[0].judge_embedding for person in found.persons)
+        cosine = min(1.0, max(-1.0, float(first @ second)))
+        verdict = "same" if cosine >= request.threshold else "different"
+        return CompareResponse(cosine=cosine, threshold=request.threshold, verdict=verdict, model=self._settings.faces.models.judge)
+
+    async def workflows(self) -> WorkflowsResponse:
+        base = self._catalog.entry(self._settings.base)
+        methods = [self._catalog.entry(name).family for name in self._settings.methods]
+        return WorkflowsResponse(workflows=[self._workflow(preset, base) for preset in self._presets.values()], methods={base.id: methods})
+
+    async def models(self) -> ModelsResponse:
+        return ModelsResponse(data=[ModelInfo.of(entry, entry.id in self._served) for entry in self._catalog.models.values()])
+
+    async def ready(self) -> dict[str, bool]:
+        """Whether each deployment answers. Raises what its replicas raise."""
+        parts = {"faces": self._faces, "prompts": self._prompts, "identity": self._identity}
+        answers = await asyncio.gather(*(handle.ready.remote() for handle in parts.values()))
+        return dict(zip(parts, answers, strict=True))
+
+    async def prompt_stats(self) -> dict[str, int]:
+        """How often prompts were found, and how often encoded (see PromptServer.stats)."""
+        return cast(dict[str, int], await self._prompts.stats.remote())
+
+    def _party(self, identities: Sequence[IdentityRequest], persons: tuple[PersonPictures, ...], scores: bool) -> _Party:
+        if not persons:
+            return _Party(None, Identities())
+        need = {part for identity in identities for part in self._needs(identity)} | ({"judge"} if scores else set())
+        people = self._faces.people.remote(persons, tuple(sorted(need)))
+        return _Party(people, self._identity.encode.remote(people, tuple(identities)))
+
+    def _needs(self, identity: IdentityRequest) -> tuple[Need, ...]:
+        entry = entry_of(self._catalog, identity.method, self._settings.base, identity.version)
+        return cast(tuple[Need, ...], tuple(cast(Sequence[str], entry.options.get("need", ()))))
+
+    async def _drawn(self, spec: GenerationSpec, identities: Any, prompts: Any) -> Drawn:
+        """Reads the denoiser's stream to its end. Whoever leaves earlier stops the drawing."""
+        stream = self._denoiser.generate.remote(spec, identities, prompts)
+        drawn: Drawn | None = None
+        try:
+            async for event in stream:
+                drawn = None if isinstance(event, Progress) else event
+        finally:
+            if drawn is None:
+                stream.cancel()
+        if drawn is None:
+            raise RuntimeError("The denoiser ended without a picture.")
+        return drawn
+
+    async def _finished(
+        self,
+        spec: GenerationSpec,
+        picture: RGB,
+        persons: list[PersonPictures],
+        party: _Party,
+        request: GenerateRequest,
+        seconds: Counter[str],
+    ) -> ImageItem:
+        """Scored and encoded, while the next picture is being drawn."""
+        started = time.perf_counter()
+        likenesses = await self._faces.scores.remote(picture, party.people) if party.people is not None and request.scores else ()
+        scored = time.perf_counter()
+        content = await asyncio.to_thread(images.encode, picture, request.output_format, recipe(spec, persons))
+        seconds.update({"scores": scored - started, "encode": time.perf_counter() - scored})
+        where = await asyncio.to_thread(self._kept, content, request.output_format) if request.response_format == "file" else None
+        return ImageItem(
+            b64_json=None if where else base64.b64encode(content).decode(),
+            path=where,
+            seed=spec.seed,
+            width=spec.width,
+            height=spec.height,
+            format=request.output_format,
+            scores=[score for person, likeness in enumerate(likenesses) for score in _scores(person, likeness)],
+        )
+
+    def _kept(self, content: bytes, suffix: str) -> str:
+        """Named by its content: the same picture is the same file."""
+        folder = Path(cast(str, self._settings.output_folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{sha256(content).hexdigest()[:32]}.{suffix}"
+        beside = path.with_suffix(".part")
+        beside.write_bytes(content)
+        beside.replace(path)
+        return str(path)
+
+    def _answer(
+        self,
+        specs: Sequence[GenerationSpec],
+        persons: list[PersonPictures],
+        request: GenerateRequest,
+        items: list[ImageItem],
+        seconds: Mapping[str, float],
+        unread: Sequence[str],
+    ) -> GenerateResponse:
+        entries = self._used(specs[0], request.scores and bool(persons))
+        names = ("prompt", "negative_prompt")
+        return GenerateResponse(
+            created=int(time.time()),
+            model=specs[0].base,
+            data=items,
+            timings={stage: round(value, 4) for stage, value in seconds.items()},
+            models=[entry.id for entry in entries],
+            licences=[LicenceInfo.of(entry) for entry in entries],
+            request=recipe(specs[0], persons),
+            warnings=[f"The end of `{name}` was not read: {rest!r}." for name, rest in zip(names, unread, strict=False) if rest],
+        )
+
+    def _used(self, spec: GenerationSpec, scored: bool) -> list[Entry]:
+        """Every model that had a part in the pixels or in their scores."""
+        models = self._settings.faces.models
+        methods = [entry_of(self._catalog, identity.method, spec.base, identity.version).id for identity in spec.identities]
+        faces = [models.faces, models.parser] if methods else []
+        names = dict.fromkeys([spec.base, *methods, *faces, *([models.judge] if scored else [])])
+        return [self._catalog.entry(name) for name in names]
+
+    def _workflow(self, preset: Preset, base: Entry) -> WorkflowInfo:
+        return WorkflowInfo(
+            name=preset.name,
+            description=preset.description,
+            endpoint=preset.endpoint,
+            family=preset.family,
+            method=preset.method,
+            bases=[base.id] if base.family == preset.family else [],
+            defaults={**preset.defaults, **dict(base.defaults)},
+            request_schema=preset.request_type.model_json_schema(),
+        )
+
+
+def _parsed(kind: type[_Body], body: Mapping[str, Any]) -> _Body:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise invalid(error) from error
+
+
+def _face(index: int, face: Face) -> FaceInfo:
+    x0, y0, x1, y1 = (float(edge) for edge in face.box)
+    return FaceInfo(
+        index=index,
+        box=(x0, y0, x1, y1),
+        score=face.score,
+        landmarks=[(float(x), float(y)) for x, y in face.landmarks],
+        age=face.age,
+        sex=face.sex,
+        embedding=face.judge_embedding.tolist() if face.judge_embedding is not None else None,
+    )
+
+
+def _scores(person: int, likeness: Likeness) -> list[Score]:
+    return [
+        Score(person=person, reference=reference, cosine=cosine, verdict=_verdict(cosine))
+        for reference, cosine in enumerate(likeness.cosines)
+    ]
+
+
+def _verdict(cosine: float | None) -> Verdict:
+    if cosine is None:
+        return "no_face"
+    return "same" if cosine >= SAME_PERSON_FROM else "different"

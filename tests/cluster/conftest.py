@@ -1,0 +1,32 @@
+"""A real Ray with the whole application on two CPU cores: started once for every test of this folder."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from serve.cluster import serving
+from serve.settings import AppSettings, load_settings
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="session")
+def settings() -> AppSettings:
+    """Those of one machine, with a queue so short that a test can fill it."""
+    local = load_settings("local")
+    pool = local.denoiser.pool.model_copy(update={"max_queued_requests": 60})
+    return local.model_copy(update={"denoiser": local.denoiser.model_copy(update={"pool": pool})})
+
+
+@pytest.fixture(scope="session")
+def url(settings: AppSettings) -> Iterator[str]:
+    with serving(settings, port=free_port()) as address:
+        yield address

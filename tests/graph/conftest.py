@@ -1,0 +1,38 @@
+"""The whole application in this process, on the embedded models: started once for every test of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.client import Client
+from serve.ingress import HandleCalls, api
+from serve.local import local_handle
+from serve.settings import AppSettings, load_settings
+
+
+@pytest.fixture(scope="session")
+def settings() -> AppSettings:
+    return load_settings("local")
+
+
+@pytest.fixture(scope="session")
+def handle(settings: AppSettings) -> Any:
+    """Of Workflows."""
+    return local_handle(settings)
+
+
+@pytest.fixture(scope="session")
+def http(handle: Any, settings: AppSettings) -> Iterator[httpx.Client]:
+    """Plain HTTP, for what the SDK would not send."""
+    with Client("http://likeness.local", transport=httpx.ASGITransport(api(HandleCalls(handle), settings.max_body_bytes))) as client:
+        yield client._http
+
+
+@pytest.fixture(scope="session")
+def client(http: httpx.Client, handle: Any, settings: AppSettings) -> Iterator[Client]:
+    with Client("http://likeness.local", transport=httpx.ASGITransport(api(HandleCalls(handle), settings.max_body_bytes))) as client:
+        yield client
