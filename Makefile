@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test prove mini clean
+.PHONY: help install demo serve check test prove mini clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,14 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(INSIGHTFACE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+demo: export HF_HUB_OFFLINE := 1
+demo: install ## one character in four scenes, drawn here: pictures, contact sheet and scores in out/demo
+	$(BIN)/likeness demo --out out/demo
+
+serve: export HF_HUB_OFFLINE := 1
+serve: install ## the server on this machine, at http://127.0.0.1:8000/docs
+	$(BIN)/likeness serve
 
 check: install ## format, lint, types and import rules
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deployments.catalog import load_catalog, license_policy, refuse_licence
+from deployments.catalog import license_policy, load_catalog, refuse_licence
 from deployments.contracts import RGB, Need, People, PersonPictures, PictureFaces
 from deployments.images import DEFAULT_LIMITS, Limits
 from deployments.weights import WeightFile, locate, locate_folder

@@ -1,6 +1,6 @@
 """From a catalogue entry to its files in the Hugging Face cache: which are needed, how large they are, and the fetching itself.
 
-Only `likeness models pull` calls this; what serves never has a network. Resumable (huggingface_hub goes on with a file that was cut),
+Only `likeness models pull` calls this; what serves never has a network. Resumable (deployments/resuming.py),
 verified: against the catalogue's sha256 and size where they are pinned, else against the hub's own checksum of the file.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from deployments.catalog import Catalog, Entry, Licence
 from deployments.conversion.table import Conversion, making
 from deployments.errors import DamagedWeights, FetchFailed, WeightsError
+from deployments.resuming import fetch_blob
 from deployments.weights import WeightFile, WeightFolder, sha256_of
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGINGFACE_TOKEN")
@@ -81,6 +82,8 @@ def fetch(file: WeightFile) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _told(file):
+        if not is_here(file):
+            fetch_blob(file.repo, file.file, file.revision, token())
         path = Path(hf_hub_download(file.repo, file.file, revision=file.revision, token=token()))
     _verify(file, path)
     return path

@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from deployments.catalog import Entry, load_catalog
 from deployments.contracts import Identities, IdentityRequest, People
 from deployments.errors import UnsupportedCombination
 from deployments.hardware import TorchSettings, claim
-from deployments.weights import WeightFile, WeightFolder, locate, locate_folder
+from deployments.weights import WeightFolder, locate, locate_folder
 
 if TYPE_CHECKING:
     from deployments.identity.base import IdentityEncoder
@@ -51,4 +51,4 @@ class IdentityServer:
 def located(entry: Entry, part: str) -> Path:
     """Where one part of an entry's weights lies."""
     weight = entry.weights[part]
-    return locate_folder(weight) if isinstance(weight, WeightFolder) else locate(cast(WeightFile, weight))
+    return locate_folder(weight) if isinstance(weight, WeightFolder) else locate(weight)

@@ -8,7 +8,6 @@ pictures of equal parameters are equal files. Knows no face, no model and no net
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 import struct
@@ -100,7 +99,7 @@ def from_text(text: str, limits: Limits = DEFAULT_LIMITS) -> bytes:
         raise InvalidImage("The picture is empty.")
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and what is not ASCII
         raise InvalidImage(
             f"The picture is not valid base64: {error}.", "Send `data:image/png;base64,...`, or the standard base64 alone."
         ) from error

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODELS_ROOT_VARIABLE = "LIKENESS_MODELS"
+CONVERTED = "converted"
+"""The local repo of files that `likeness models convert` makes of published pickles."""
 _HARMLESS_SUFFIXES = frozenset({".safetensors", ".onnx", ".json", ".txt", ".model"})
 # What torch.save writes: a zip archive since torch 1.6, before it a bare pickle, whose protocols 2 to 5 open with these two bytes.
 _PICKLE_OPENINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -140,6 +142,8 @@ def _cached_path(weight: WeightFile) -> Path:
 
 
 def _how_to_get(record: _Record) -> str:
+    if record.repo == CONVERTED:
+        return "It is made on this machine, once: `likeness models pull`, then `likeness models convert`."
     if record.local:
         return (
             f"Restore it from the repository (`git checkout -- models/{record.repo}`), train it anew (`make {record.repo}`), "

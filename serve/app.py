@@ -6,7 +6,7 @@ Builders take one typed argument, which Ray reads from the annotation itself: th
 (the builder would silently get a raw dictionary).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import ray.serve
 from ray.serve import Application
@@ -25,7 +25,7 @@ from serve.workflows import Workflows
 class Ingress:
     """Serve's wrapper around the routes."""
 
-    def __init__(self, settings: AppSettings, workflows: DeploymentHandle) -> None:
+    def __init__(self, settings: AppSettings, workflows: DeploymentHandle[Any]) -> None:
         self._settings, self._workflows = settings, workflows
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -34,7 +34,8 @@ class Ingress:
 
 def build(settings: AppSettings) -> Application:
     """The whole application, with its HTTP door: `ray.serve.run(build(settings))`, or `import_path: serve.app:build`."""
-    return _deployed(Ingress, settings.ingress).bind(settings, build_workflows(settings))
+    bound: Application = _deployed(Ingress, settings.ingress).bind(settings, build_workflows(settings))
+    return bound
 
 
 def build_workflows(settings: AppSettings) -> Application:
@@ -43,10 +44,11 @@ def build_workflows(settings: AppSettings) -> Application:
     faces = _deployed(FaceServer, settings.faces.pool).bind(settings.faces.models, limits)
     prompts = _deployed(PromptServer, settings.prompts.pool, settings.prompts).bind(settings.base, settings.prompts.torch)
     identity = _deployed(IdentityServer, settings.identity.pool, settings.identity).bind(settings.methods, settings.identity.torch)
-    denoiser = _deployed(DenoiserServer, settings.denoiser.pool, settings.denoiser).bind(
-        settings.base, settings.methods, settings.denoiser.torch
-    )
-    return _deployed(Workflows, settings.workflows).bind(settings, faces, prompts, identity, denoiser)
+    # Workflows counts who may wait for the denoiser.
+    drawing = _deployed(DenoiserServer, settings.denoiser.pool, settings.denoiser).options(max_queued_requests=-1)
+    denoiser = drawing.bind(settings.base, settings.methods, settings.denoiser.torch)
+    bound: Application = _deployed(Workflows, settings.workflows).bind(settings, faces, prompts, identity, denoiser)
+    return bound
 
 
 def _deployed(server: Any, pool: Pool, models: TorchPool | None = None) -> Any:
@@ -55,4 +57,4 @@ def _deployed(server: Any, pool: Pool, models: TorchPool | None = None) -> Any:
     threads = str(models.torch.torch_threads) if models is not None else "1"
     environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     options["ray_actor_options"] = {**options["ray_actor_options"], "runtime_env": {"env_vars": environment}}
-    return ray.serve.deployment(server, name=server.__name__).options(**options)
+    return cast(Any, ray.serve.deployment)(server, name=server.__name__).options(**options)

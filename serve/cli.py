@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from deployments.errors import InvalidRequest, LikenessError
 from serve.cli_models import models
 from serve.cli_options import command
-from serve.cli_output import ERR, OUT, print_answer, report_error, waiting, write_answer
+from serve.cli_output import ERR, OUT, drawing, print_answer, report_error, waiting, write_answer
 from serve.client import Client
 from serve.presets import Preset, load_presets
 from serve.schemas import GenerateRequest
@@ -162,6 +162,21 @@ def workflows(server: Server = None) -> None:
         OUT.print(f"[bold]{workflow.name}[/]  on {', '.join(workflow.bases)}" + (f", by {workflow.method}" if workflow.method else ""))
         OUT.print(f"  {workflow.description}", markup=False)
         OUT.print(f"  {', '.join(f'{name} {value}' for name, value in workflow.defaults.items())}", markup=False, style="dim")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out/demo"),
+    server: Server = None,
+) -> None:
+    """One sample character in four scenes: pictures, a contact sheet, and how much each is the same person."""
+    from serve.demo import SCENES, show
+
+    with client_for(server) as client, drawing(len(SCENES)) as done:
+        shown = show(client, out, done)
+    for picture, cosine in zip(shown.pictures, shown.cosines, strict=True):
+        OUT.print(f"{picture}  {'no face' if cosine is None else f'likeness {cosine:.3f}'}", markup=False)
+    OUT.print(f"{shown.sheet}\n{shown.scores}", markup=False)
 
 
 @app.command()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deployments.errors import LikenessError
@@ -27,6 +27,15 @@ def waiting(text: str) -> Iterator[None]:
     with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
         progress.add_task(text, total=None)
         yield
+
+
+@contextmanager
+def drawing(pictures: int) -> Iterator[Callable[[int], None]]:
+    """A bar over several pictures; what it yields is told how many are done."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
+        task = progress.add_task("drawing", total=pictures)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def report_error(error: LikenessError) -> None:

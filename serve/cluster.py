@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from serve.settings import AppSettings
 
@@ -35,7 +36,7 @@ def serving(settings: AppSettings, host: str = "127.0.0.1", port: int = 8000) ->
         ray.serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         ray.serve.run(build(settings), name=_APP, route_prefix="/")
         yield f"http://{host}:{port}"
-        ray.serve.shutdown()
+        cast(Any, ray.serve).shutdown()
     finally:
         if ours:
             ray.shutdown()

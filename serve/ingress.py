@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from serve.presets import Preset, load_presets
 from serve.problem import MEDIA_TYPE, Problem, problem_of
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
 
+_LOG = logging.getLogger("likeness")
 _RETRY_AFTER_S = 2
 _MULTIPART = "multipart/form-data"
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -52,7 +54,10 @@ class HandleCalls:
 
     def __getattr__(self, name: str) -> Any:
         async def call(*args: Any) -> Any:
-            return await getattr(self._handle, name).remote(*args)
+            try:
+                return await getattr(self._handle, name).remote(*args)
+            except Exception as error:  # noqa: BLE001 (Ray's wrapping ends here, whatever it wraps)
+                raise told(error) from error
 
         return call
 
@@ -189,27 +194,25 @@ async def _refuse_headers(request: Request, call_next: Any) -> Response:
 
 async def _answer(request: Request, error: BaseException) -> Response:
     """The one table from errors to answers."""
-    found = plain(error)
-    if isinstance(found, HTTPException):
-        problem = Problem(title="There is no such address or method.", status=found.status_code, detail=str(found.detail), code="not_found")
+    if isinstance(error, HTTPException):
+        problem = Problem(title="There is no such address or method.", status=error.status_code, detail=str(error.detail), code="not_found")
     else:
-        problem = problem_of(found if isinstance(found, LikenessError) else _unforeseen(found))
+        problem = problem_of(told(error))
     headers = {"retry-after": str(_RETRY_AFTER_S)} if problem.status in (429, 503) else None
     return Response(problem.model_dump_json(), status_code=problem.status, media_type=MEDIA_TYPE, headers=headers)
 
 
-def plain(error: BaseException) -> BaseException:
-    """The error itself: one that crossed a deployment arrives wrapped, as often as it crossed."""
-    while (cause := getattr(error, "cause", None)) is not None and isinstance(cause, BaseException) and cause is not error:
+def told(error: BaseException) -> LikenessError:
+    """What a caller is told: the error itself where it is ours, unwrapped as often as it crossed a deployment; Ray's own by name, so that
+    this file needs no Ray; anything else is a fault of ours, which goes to the log and is told without its insides."""
+    while not isinstance(error, LikenessError) and isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
         error = cause
-    return error
-
-
-def _unforeseen(error: BaseException) -> LikenessError:
-    """Ray's own errors by name, so that this file needs no Ray; anything else is a fault of ours, told without its insides."""
+    if isinstance(error, LikenessError):
+        return error
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "BackPressureError" in kinds:
         return QueueFull("As many requests wait as may wait.")
     if isinstance(error, asyncio.CancelledError) or "RequestCancelledError" in kinds:
         return Cancelled("The request was cancelled.")
+    _LOG.error("an unexpected error", exc_info=error)
     return LikenessError(f"An unexpected {type(error).__name__}.")

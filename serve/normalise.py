@@ -35,7 +35,10 @@ def parse(workflow: str | None, body: Mapping[str, Any], presets: Mapping[str, P
     presets = load_presets() if presets is None else presets
     try:
         if workflow is None:
-            return GenerateRequest.model_validate(body)
+            request = GenerateRequest.model_validate(body)
+            if request.workflow is not None:
+                find(presets, request.workflow)
+            return request
         own = find(presets, workflow).request_type.model_validate(body)
         return GenerateRequest.model_validate({**own.model_dump(exclude_unset=True), "workflow": workflow})
     except ValidationError as error:

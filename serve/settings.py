@@ -41,6 +41,7 @@ class Pool(_Strict):
     num_cpus, num_gpus: reserved for each replica; fractions of a GPU are kept by the process itself (see deployments/hardware.py).
     gpu_class: our own label of nodes (`gpu-class: a6000`); Ray's autodetected names differ by version.
     max_ongoing_requests: what a replica works on at once. max_queued_requests: what may wait for a free one; beyond it, queue_full.
+    The denoiser's queue is the one that fills; those before it are longer, so that whoever is refused is refused there.
     graceful_shutdown_s: how long a replica that goes may finish its work: longer than the longest picture takes.
     """
 
@@ -50,7 +51,7 @@ class Pool(_Strict):
     num_gpus: float = Field(default=0.0, ge=0)
     gpu_class: str | None = None
     max_ongoing_requests: int = Field(default=1, ge=1)
-    max_queued_requests: int = Field(default=64, ge=1)
+    max_queued_requests: int = Field(default=1024, ge=1)
     graceful_shutdown_s: float = Field(default=60.0, gt=0)
 
     def options(self) -> dict[str, Any]:
@@ -78,47 +79,41 @@ class FacePool(_Strict):
 
 
 class TorchPool(_Strict):
+    """A deployment whose process computes with torch. torch: what that may use of the machine, within what the pool reserves."""
+
+    torch: TorchSettings = TorchSettings()
+    pool: Pool = Pool(max_ongoing_requests=2)
+
     @model_validator(mode="after")
     def _gpu_is_reserved(self) -> Self:
-        torch, pool = self._both()
+        torch, pool = self.torch, self.pool
         if (torch.device == "cuda") != (pool.num_gpus > 0):
             raise ValueError(f"device is {torch.device} with num_gpus {pool.num_gpus:g}; a GPU is used exactly if it is reserved")
         if torch.device == "cuda" and torch.gpu_fraction > pool.num_gpus:
             raise ValueError(f"gpu_fraction {torch.gpu_fraction:g} is more than the num_gpus {pool.num_gpus:g} that is reserved")
         return self
 
-    def _both(self) -> tuple[TorchSettings, Pool]:
-        raise NotImplementedError
-
 
 class PromptPool(TorchPool):
     """PromptServer."""
 
     torch: PromptSettings = PromptSettings()
-    pool: Pool = Pool(max_ongoing_requests=2)
-
-    def _both(self) -> tuple[TorchSettings, Pool]:
-        return self.torch, self.pool
 
 
 class IdentityPool(TorchPool):
     """IdentityServer."""
 
-    torch: TorchSettings = TorchSettings()
-    pool: Pool = Pool(max_ongoing_requests=2)
-
-    def _both(self) -> tuple[TorchSettings, Pool]:
-        return self.torch, self.pool
-
 
 class DenoiserPool(TorchPool):
     """DenoiserServer. One transformer draws one picture at a time, so more ongoing requests would only wait inside."""
 
-    torch: TorchSettings = TorchSettings()
     pool: Pool = Pool(max_ongoing_requests=1, max_queued_requests=32, graceful_shutdown_s=120)
 
-    def _both(self) -> tuple[TorchSettings, Pool]:
-        return self.torch, self.pool
+    @property
+    def room(self) -> int:
+        """How many requests may be drawn or wait at once, in the eyes of each replica of Workflows."""
+        replicas = self.pool.autoscaling.max_replicas if self.pool.autoscaling else self.pool.replicas
+        return replicas + self.pool.max_queued_requests
 
     @model_validator(mode="after")
     def _one_at_a_time(self) -> Self:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,10 +25,20 @@ from pydantic import BaseModel, ValidationError
 from deployments import images
 from deployments.catalog import Entry, load_catalog
 from deployments.contracts import RGB, Drawn, Face, GenerationSpec, Identities, IdentityRequest, Need, PersonPictures, Progress
-from deployments.errors import InvalidRequest
+from deployments.errors import InvalidRequest, QueueFull
 from serve.answers import (
-    AnalyzeResponse, CompareResponse, FaceInfo, GenerateResponse, ImageItem, LicenceInfo, ModelInfo, ModelsResponse, Score, Verdict,
-    WorkflowInfo, WorkflowsResponse,
+    AnalyzeResponse,
+    CompareResponse,
+    FaceInfo,
+    GenerateResponse,
+    ImageItem,
+    LicenceInfo,
+    ModelInfo,
+    ModelsResponse,
+    Score,
+    Verdict,
+    WorkflowInfo,
+    WorkflowsResponse,
 )  # fmt: skip
 from serve.normalise import entry_of, normalise, parse, recipe
 from serve.presets import Preset, load_presets
@@ -37,12 +47,24 @@ from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
 from serve.settings import AppSettings
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
-
     from deployments.faces.comparison import Likeness
+
+Handle = Any
+"""A DeploymentHandle. Its types say neither what a method answers nor that a stream can be read."""
 
 SAME_PERSON_FROM = 0.3
 """Cosine from which two faces count as one person's, unless a request says otherwise."""
+
+
+class _Seconds:
+    """Seconds by stage, added up over the pictures of a request."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    def add(self, more: Mapping[str, float]) -> None:
+        for stage, value in more.items():
+            self.spent[stage] = self.spent.get(stage, 0.0) + value
 
 
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -62,15 +84,16 @@ class Workflows:
     def __init__(
         self,
         settings: AppSettings,
-        faces: DeploymentHandle,
-        prompts: DeploymentHandle,
-        identity: DeploymentHandle,
-        denoiser: DeploymentHandle,
+        faces: Handle,
+        prompts: Handle,
+        identity: Handle,
+        denoiser: Handle,
     ) -> None:
         self._settings, self._limits = settings, settings.limits.value
         self._catalog, self._presets = load_catalog(), load_presets()
         self._faces, self._prompts, self._identity = faces, prompts, identity
         self._denoiser = denoiser.options(stream=True)
+        self._room, self._inside = settings.denoiser.room, 0
         self._served = [
             settings.base,
             *settings.methods,
@@ -81,6 +104,21 @@ class Workflows:
 
     async def generate(self, workflow: str | None, body: Mapping[str, Any]) -> GenerateResponse:
         """The pictures of a request: of a workflow's own body, or with None of any (`POST /v1/generate`). Raises LikenessError."""
+        with self._admitted():
+            return await self._generated(workflow, body)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Counts the requests that are being drawn or wait for it. Serve's own count of a queue lets streams through (ray 2.60)."""
+        if self._inside >= self._room:
+            raise QueueFull(f"{self._inside} requests are being drawn or wait; no more may.")
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    async def _generated(self, workflow: str | None, body: Mapping[str, Any]) -> GenerateResponse:
         started = time.perf_counter()
         request = await asyncio.to_thread(parse, workflow, body, self._presets)
         if request.response_format == "file" and self._settings.output_folder is None:
@@ -91,21 +129,21 @@ class Workflows:
         texts = (first.prompt, first.negative_prompt) if first.needs_negative else (first.prompt,)
         unread = self._prompts.unread.remote(texts, first.max_sequence_length)
         prompts = self._prompts.encode.remote(texts, first.max_sequence_length)
-        seconds: Counter[str] = Counter()
+        seconds = _Seconds()
         finishing: list[asyncio.Task[ImageItem]] = []
         try:
             for spec in specs:
                 drawn = await self._drawn(spec, party.identities, prompts)
                 # What went before the drawing is shared by all pictures of a request.
-                seconds.update(drawn.seconds if spec is first else {stage: drawn.seconds[stage] for stage in ("denoise", "decode")})
+                seconds.add(drawn.seconds if spec is first else {stage: drawn.seconds[stage] for stage in ("denoise", "decode")})
                 finishing.append(asyncio.create_task(self._finished(spec, drawn.picture, persons, party, request, seconds)))
             items = await asyncio.gather(*finishing)
         except BaseException:
             for task in finishing:
                 task.cancel()
             raise
-        seconds["total"] = time.perf_counter() - started
-        return self._answer(specs, persons, request, items, seconds, await unread)
+        seconds.add({"total": time.perf_counter() - started})
+        return self._answer(specs, persons, request, items, seconds.spent, await unread)
 
     async def analyze(self, body: Mapping[str, Any]) -> AnalyzeResponse:
         """Every face of a picture."""
@@ -130,8 +168,10 @@ class Workflows:
         found = await self._faces.people.remote(persons, ("judge",))
         first, second = (person.faces[0].judge_embedding for person in found.persons)
         cosine = min(1.0, max(-1.0, float(first @ second)))
-        verdict = "same" if cosine >= request.threshold else "different"
-        return CompareResponse(cosine=cosine, threshold=request.threshold, verdict=verdict, model=self._settings.faces.models.judge)
+        same = cosine >= request.threshold
+        return CompareResponse(
+            cosine=cosine, threshold=request.threshold, verdict="same" if same else "different", model=self._settings.faces.models.judge
+        )
 
     async def workflows(self) -> WorkflowsResponse:
         base = self._catalog.entry(self._settings.base)
@@ -183,14 +223,14 @@ class Workflows:
         persons: list[PersonPictures],
         party: _Party,
         request: GenerateRequest,
-        seconds: Counter[str],
+        seconds: _Seconds,
     ) -> ImageItem:
         """Scored and encoded, while the next picture is being drawn."""
         started = time.perf_counter()
         likenesses = await self._faces.scores.remote(picture, party.people) if party.people is not None and request.scores else ()
         scored = time.perf_counter()
         content = await asyncio.to_thread(images.encode, picture, request.output_format, recipe(spec, persons))
-        seconds.update({"scores": scored - started, "encode": time.perf_counter() - scored})
+        seconds.add({"scores": scored - started, "encode": time.perf_counter() - scored})
         where = await asyncio.to_thread(self._kept, content, request.output_format) if request.response_format == "file" else None
         return ImageItem(
             b64_json=None if where else base64.b64encode(content).decode(),
@@ -246,11 +286,12 @@ class Workflows:
         return WorkflowInfo(
             name=preset.name,
             description=preset.description,
+            advice=preset.advice,
             endpoint=preset.endpoint,
             family=preset.family,
             method=preset.method,
             bases=[base.id] if base.family == preset.family else [],
-            defaults={**preset.defaults, **dict(base.defaults)},
+            defaults={**preset.defaults, **base.defaults, **preset.bases.get(base.id, {})},
             request_schema=preset.request_type.model_json_schema(),
         )
 

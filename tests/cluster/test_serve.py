@@ -104,7 +104,7 @@ def test_only_the_processes_that_compute_with_torch_load_it(url: str) -> None:
     for process in psutil.process_iter(["cmdline", "pid"]):
         name = " ".join(process.info["cmdline"] or [])
         if name.startswith("ray::ServeReplica:likeness:"):
-            memory[name.rsplit(":", 1)[1].strip()] = {Path(entry.path).name for entry in process.memory_maps()}
+            memory[name.rsplit(":", 1)[1].partition(".")[0].strip()] = {Path(entry.path).name for entry in process.memory_maps()}
     assert {"FaceServer", "Workflows", "Ingress", "DenoiserServer"} <= set(memory)
     for server in ("FaceServer", "Workflows", "Ingress"):
         assert not any(name.startswith("libtorch") for name in memory[server]), server

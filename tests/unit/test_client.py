@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,7 +33,7 @@ ANSWER = GenerateResponse(
     created=1, model="flux1-mini", data=[ImageItem(b64_json=PICTURE, seed=7, width=192, height=192, format="png")], request={"seed": 7}
 )
 
-Receive, Send = Callable[[], Awaitable[dict[str, Any]]], Callable[[dict[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
 
 
 class Echo:
@@ -43,7 +43,7 @@ class Echo:
         self.asked: list[tuple[str, Any]] = []
         self.loops: set[int] = set()
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]) -> None:
         body = b""
         while (message := await receive()).get("more_body"):
             body += message["body"]

@@ -62,9 +62,7 @@ class Detector(nn.Module):
         fine, *coarse = self.encoder(pictures)
         maps = self.neck(coarse)
         detail = self.look(F.relu(self.detail(fine) + self.blend(maps[0]))).float()
-        return [
-            self._level(head(self.tower(x)).float(), detail, stride) for x, head, stride in zip(maps, self.heads, STRIDES, strict=True)
-        ]
+        return [self._level(head(self.tower(x)).float(), detail, stride) for x, head, stride in zip(maps, self.heads, STRIDES, strict=True)]
 
     def _level(self, raw: Tensor, detail: Tensor, stride: int) -> Level:
         n, scale = raw.shape[0], raw.new_tensor(SIZES_PX[stride]).view(1, 1, ANCHORS, 1) / stride

@@ -150,7 +150,7 @@ def _pictures(
 
 
 def _reference(picture: Tensor, labels: Tensor, points: Tensor, recognise: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Crops are sampled from the 192-px picture by uncertain points, as they will be in use, not rendered afresh at their own resolution."""
+    """Crops are sampled from the 192-px picture by uncertain points, as they will be in use, not rendered afresh in their own size."""
     points = unsure(points, DETECTION_ERROR)
     aligned_grid = ffhq_grid(points, REFERENCE_SIZE_PX)
     return {
