@@ -1,0 +1,101 @@
+"""`python benchmarks/serve_overhead.py`: what Ray Serve costs a request, against the same work done in this process without Ray.
+
+The same servers' classes, called one after the other (the baseline), then the same requests over HTTP through the whole application.
+Prints both medians and their ratio. Needs an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from deployments import images
+from deployments.catalog import load_catalog
+from deployments.contracts import Drawn
+from deployments.denoiser_server import DenoiserServer
+from deployments.face_server import FaceServer
+from deployments.identity_server import IdentityServer
+from deployments.prompt_server import PromptServer
+from serve.client import Client
+from serve.cluster import serving
+from serve.normalise import normalise, recipe
+from serve.settings import AppSettings, load_settings
+
+_REFERENCE = Path(__file__).parents[1] / "samples" / "characters" / "ada-1.png"
+_ALLOWED = 0.15, 0.050
+"""A request may take this share, and this many seconds, longer than its work."""
+
+
+def body(seed: int) -> dict[str, Any]:
+    picture = base64.b64encode(_REFERENCE.read_bytes()).decode()
+    prompt = "a portrait of a smiling person wearing a green hoodie in a library with soft daylight, arms down"
+    return {"prompt": prompt, "reference_image": picture, "style": "stylized", "seed": seed}
+
+
+class InProcess:
+    """The work alone: the servers' classes without Ray between them."""
+
+    def __init__(self, settings: AppSettings) -> None:
+        self.settings, self.catalog = settings, load_catalog()
+        self.faces = FaceServer(settings.faces.models, settings.limits.value)
+        self.prompts = PromptServer(settings.base, settings.prompts.torch)
+        self.identity = IdentityServer(settings.methods, settings.identity.torch)
+        self.denoiser = DenoiserServer(settings.base, settings.methods, settings.denoiser.torch)
+
+    async def draw(self, seed: int) -> bytes:
+        (spec,), persons = normalise("flux-pulid", body(seed), self.catalog, self.settings.base)
+        people = self.faces.people(persons, ("aligned", "embedding", "judge"))
+        identities = self.identity.encode(people, spec.identities)
+        prompts = self.prompts.encode((spec.prompt,), spec.max_sequence_length)
+        events = [event async for event in self.denoiser.generate(spec, identities, prompts)]
+        drawn = events[-1]
+        assert isinstance(drawn, Drawn)
+        self.faces.scores(drawn.picture, people)
+        return images.encode(drawn.picture, "png", recipe(spec, persons))
+
+
+def median_s(draw: Callable[[int], object], count: int) -> float:
+    draw(0)  # the prompt and the face are remembered from here on, on both sides
+    seconds = []
+    for seed in range(1, count + 1):
+        started = time.perf_counter()
+        draw(seed)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=9, help="requests on each side (default 9)")
+    count = parser.parse_args().count
+    settings = load_settings("local")
+    here = InProcess(settings)
+    alone = median_s(lambda seed: asyncio.run(here.draw(seed)), count)
+    expected = asyncio.run(here.draw(1))
+    del here
+    started = time.perf_counter()
+    with serving(settings, port=8765) as url, Client(url) as client:
+        ready = time.perf_counter() - started
+        served = median_s(lambda seed: client.generate(workflow="flux-pulid", **body(seed)), count)
+        same = client.generate(workflow="flux-pulid", **body(1)).data[0].content == expected
+    share, fixed = _ALLOWED
+    facts = {
+        "in_process_s": round(alone, 3), "served_s": round(served, 3), "ratio": round(served / alone, 3), "ready_s": round(ready, 1),
+        "same_pixels": same, "within_the_bar": served <= alone * (1 + share) + fixed,
+    }  # fmt: skip
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
