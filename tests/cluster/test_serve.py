@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -115,3 +118,23 @@ def test_the_same_pixels_at_full_size(url: str) -> None:
     with Client(url) as server, local_client() as here:
         asked = body(CHARACTERS[2], seed=8) | {"steps": 4, "width": 192, "height": 192}
         assert np.array_equal(decode(server.generate(**asked).data[0].content), decode(here.generate(**asked).data[0].content))
+
+
+def test_another_ray_program_uses_the_handle(url: str, tmp_path: Path) -> None:
+    import ray
+
+    example = Path(__file__).parents[2] / "docs" / "examples" / "handle.py"
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(example.parents[2])}
+    run = subprocess.run([sys.executable, example, tmp_path], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert len(list(tmp_path.glob("handle-*.png"))) == 2 and "likeness 0." in run.stdout
+
+
+def test_the_command_line_gives_the_pixels_that_http_gives(url: str, tmp_path: Path) -> None:
+    command = [Path(sys.executable).parent / "likeness", "flux-pulid", "--server", url, "--out", tmp_path, "--prompt", PORTRAIT]
+    options = ["--reference-image", CHARACTERS[0], "--seed", "4", "--steps", "2", "--size", "64x64", "--style", "stylized"]
+    run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    with Client(url) as client:
+        expected = client.generate(**body(CHARACTERS[0], seed=4)).data[0].content
+    assert (tmp_path / "flux-pulid-4.png").read_bytes() == expected
