@@ -108,7 +108,7 @@ def test_files_are_the_same_bytes_when_made_again_elsewhere(workspace: Path, tmp
 
 
 def test_all_files_fit_the_budget(workspace: Path) -> None:
-    assert sum((workspace / form.file).stat().st_size for _, form in onnx_files.MODELS.values()) <= 6_500_000
+    assert sum((workspace / form.file).stat().st_size for _, form in onnx_files.MODELS.values()) <= 6_600_000
 
 
 def test_no_file_names_the_machine_that_made_it(workspace: Path) -> None:

@@ -7,21 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from deployments.catalog import CATALOG_PATH, load_catalog
+from deployments.catalog import CATALOG_PATH, Catalog, load_catalog
 from deployments.errors import DamagedWeights, InvalidCatalog, MissingWeights, UnsafeWeights
-from deployments.weights import WeightFile, locate, locate_folder
-from training.mini.pack import DOCUMENTS, PACK_DIR, write_catalog
+from deployments.weights import WeightFile, WeightFolder, locate, locate_folder
+from training.mini.pack import DOCUMENTS, PACK, PACK_DIR, write_catalog
+
+
+def of_the_pack(catalog: Catalog) -> list[WeightFile | WeightFolder]:
+    records = [weight for entry in catalog.models.values() for weight in entry.weights.values()]
+    return [record for record in records if record.repo == PACK]
 
 
 @pytest.fixture
 def pack(tmp_path: Path) -> Path:
     """A pack with the layout that the shipped catalogue declares, beside a copy of that catalogue with nothing pinned."""
-    for record in (weight for entry in load_catalog().models.values() for weight in entry.weights.values()):
+    for record in of_the_pack(load_catalog()):
         path = tmp_path / "mini" / (record.file if isinstance(record, WeightFile) else f"{record.folder}/deep/config.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"the content of {path.name}")
     (tmp_path / "mini" / "CARD.md").write_text("# Measured")
     shutil.copy(CATALOG_PATH, tmp_path / "catalog.yaml")
+    shutil.copy(CATALOG_PATH.with_name("converted.yaml"), tmp_path)
     (tmp_path / "mini.yaml").write_text("repo: mini\n")
     return tmp_path / "mini"
 
@@ -31,8 +37,7 @@ def test_every_file_is_pinned_and_then_verified(pack: Path, monkeypatch: pytest.
     pins = write_catalog(pack, catalog_path)
     assert "CARD.md" not in pins.files
     monkeypatch.setenv("LIKENESS_MODELS", str(pack.parent))
-    records = [weight for entry in load_catalog(catalog_path).models.values() for weight in entry.weights.values()]
-    for record in records:
+    for record in of_the_pack(load_catalog(catalog_path)):
         assert (locate(record) if isinstance(record, WeightFile) else locate_folder(record)).exists()
     (pack / "judge" / "arcface_judge.onnx").write_text("something else")
     judge = load_catalog(catalog_path).entry("face-judge-mini").weights["model"]
@@ -43,7 +48,7 @@ def test_every_file_is_pinned_and_then_verified(pack: Path, monkeypatch: pytest.
 
 def test_the_shipped_pack_is_exactly_what_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIKENESS_MODELS", raising=False)
-    records = [weight for entry in load_catalog().models.values() for weight in entry.weights.values()]
+    records = of_the_pack(load_catalog())
     pinned = [file for record in records for file in ([record] if isinstance(record, WeightFile) else record.files) if file.sha256]
     present = {path.relative_to(PACK_DIR).as_posix() for path in PACK_DIR.rglob("*") if path.is_file()} - DOCUMENTS
     assert {file.file for file in pinned} == present, "run `python -m training.mini.pack`"

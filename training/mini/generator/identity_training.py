@@ -7,6 +7,7 @@ verdict on pictures that the generator draws with the adapter attached (identity
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +26,25 @@ Attach = Callable[[References, Tensor, Tensor], dict[str, Any]]
 """(references, index of each item's reference [n], drop [n]: condition on nobody) -> arguments of TrainableFlux.velocity."""
 
 _UNCONDITIONAL = 0.05
-_IDENTITY_WEIGHT = 0.5
-_IDENTITY_FROM = 0.04
-"""Progress from which the identity loss counts: before, the adapter says nothing yet."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the recogniser's verdict counts. weight: beside the flow's loss; begins: progress before which the adapter learns from the
+    flow alone. An adapter that reaches into every block finds patterns that please the recogniser and are no face, if it may."""
+
+    weight: float = 0.5
+    begins: float = 0.04
 
 
 def train_adapter(
-    name: str, module: nn.Module, attach: Attach, context: Context, recipe: Recipe, rounded: nn.Module | None = None
+    name: str,
+    module: nn.Module,
+    attach: Attach,
+    context: Context,
+    recipe: Recipe,
+    rounded: nn.Module | None = None,
+    counts: Verdict = Verdict(),
 ) -> Outcome:
     """Trains `module` under the stage's name and saves its state under it; goes on from that state where it exists."""
     device, bank = context.device, context.reference_bank
@@ -70,10 +83,10 @@ def train_adapter(
 
     def loss(progress: float) -> Losses:
         learnt = flow()
-        if progress < _IDENTITY_FROM and not recipe.smoke:
+        if progress < counts.begins and not recipe.smoke:
             return {"loss": learnt, "flow": learnt.detach()}
         recognised, cosine = identity()
-        return {"loss": learnt + _IDENTITY_WEIGHT * recognised, "flow": learnt.detach(), "cosine": cosine}
+        return {"loss": learnt + counts.weight * recognised, "flow": learnt.detach(), "cosine": cosine}
 
     outcome = optimise(name, module, recipe, context.workspace, loss, rounded=rounded)
     context.workspace.save(name, module.state_dict(), halved=True)
