@@ -92,18 +92,19 @@ def main() -> None:
 
 def _page(figures: Mapping[str, Any]) -> str:
     leaving, lines = figures["leaving"], []
+    waited = f"{leaving['wait_s']} s ({leaving['longest_wait_s']} s)"
     for method, found in figures["identity"].items():
         lines.append(f"| likeness, {method} (n = {found['n']}, ± standard error) | {found['mean']:.3f} ± {found['standard_error']:.3f} |")
     return f"""# The main job, measured
 
-Written by `python benchmarks/main_job.py --write docs/main_job.md`: the server of `configs/serve/local.yaml`, the embedded models, over HTTP.
+Written by `python benchmarks/main_job.py --write docs/main_job.md`: `configs/serve/local.yaml`, the embedded models, over HTTP.
 
 | what | measured |
 |---|---|
 | ready after | {figures["ready_s"]} s |
 | memory of all processes, Ray's included | {figures["memory_mib"] / 1024:.2f} GiB |
 {chr(10).join(lines)}
-| a client goes away: wait of the next request for the denoiser, median (longest) of 5 | {leaving["wait_s"]} s ({leaving["longest_wait_s"]} s) |
+| a client goes away: wait of the next request for the denoiser, median (longest) of 5 | {waited} |
 | one step of what it had asked for, for comparison | {leaving["step_s"]} s |
 """
 

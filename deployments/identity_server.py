@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from deployments.catalog import Entry, load_catalog
 from deployments.contracts import Identities, IdentityRequest, People
@@ -28,7 +28,8 @@ class IdentityServer:
         for entry in entries:
             adapter, image_encoder = (located(entry, part) for part in ("adapter", "image_encoder"))
             encoder = catalog.part(entry, "encoder")
-            self._encoders[entry.family] = encoder(adapter, image_encoder, settings.device, dtype, model=entry.id)
+            own = cast(Mapping[str, Any], entry.options.get("encoder", {}))
+            self._encoders[entry.family] = encoder(adapter, image_encoder, settings.device, dtype, model=entry.id, **own)
         self._turn = Lock()
 
     def encode(self, people: People, requests: Sequence[IdentityRequest]) -> Identities:

@@ -17,7 +17,7 @@ from deployments.face_server import FaceServer
 from deployments.identity_server import IdentityServer
 from deployments.prompt_server import PromptServer
 from serve.ingress import HandleCalls, api
-from serve.settings import AppSettings, Pool, TorchPool
+from serve.settings import QUIET, AppSettings, Pool, TorchPool
 from serve.workflows import Workflows
 
 
@@ -55,6 +55,6 @@ def _deployed(server: Any, pool: Pool, models: TorchPool | None = None) -> Any:
     """The class as a deployment, with everything that its pool says. Threads are set before the process imports a model library."""
     options = pool.options()
     threads = str(models.torch.torch_threads) if models is not None else "1"
-    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+    environment = {**QUIET, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     options["ray_actor_options"] = {**options["ray_actor_options"], "runtime_env": {"env_vars": environment}}
     return cast(Any, ray.serve.deployment)(server, name=server.__name__).options(**options)

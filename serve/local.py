@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,13 +16,15 @@ import httpx
 
 from serve.client import Client
 from serve.ingress import HandleCalls, api
-from serve.settings import AppSettings, load_settings
+from serve.settings import QUIET, AppSettings, load_settings
 
 
 def local_handle(settings: AppSettings) -> Any:
     """The handle of Workflows, everything behind it in this process. Models are loaded when this returns."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    for name, value in {**QUIET, "OMP_WAIT_POLICY": "passive"}.items():
+        os.environ.setdefault(name, value)
+    # insightface 2.1 aligns faces with a method that scikit-image 0.26 renamed.
+    warnings.filterwarnings("ignore", "`estimate` is deprecated", FutureWarning)
     import ray.serve
 
     from serve.app import build_workflows

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from deployments.catalog import Catalog, Entry, license_policy, refuse_licence
 from deployments.contracts import GenerationSpec, IdentityRequest, PersonPictures
+from deployments.denoisers.windows import active_steps
 from deployments.errors import InvalidImage, InvalidRequest, UnknownModel, UnsupportedCombination
-from deployments.images import from_text
+from deployments.images import DEFAULT_LIMITS, Limits, from_text
 from serve.presets import BASE_DECIDES, Preset, find, load_presets
 from serve.problem import invalid
 from serve.schemas import STEP_SCALE, GenerateRequest, PersonInput, Window
@@ -51,6 +52,7 @@ def normalise(
     catalog: Catalog,
     base: str,
     presets: Mapping[str, Preset] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[list[GenerationSpec], list[PersonPictures]]:
     """The n pictures of a request on the base model with the id `base`, and the reference pictures of each identity in them.
 
@@ -89,7 +91,9 @@ def normalise(
         )
         for k in range(request.n)
     ]
-    return specs, _pictures(people)
+    if specs[0].needs_negative:
+        _refuse_empty("True CFG", "for none at all leave `true_cfg_scale` at 1", specs[0].true_cfg_start, 1.0, steps, "true_cfg_start")
+    return specs, _pictures(people, limits)
 
 
 def recipe(spec: GenerationSpec, people: list[PersonPictures]) -> dict[str, Any]:
@@ -160,7 +164,7 @@ class _Values:
     def _advice(self) -> list[Mapping[str, Any]]:
         if self.preset is None:
             return []
-        style = self.request.style or self.preset.defaults.get("style")
+        style = self.request.style if self.request.style is not None else self.preset.defaults.get("style")
         if style is not None and style not in self.preset.styles:
             there = f"There are: {', '.join(self.preset.styles)}." if self.preset.styles else "Leave `style` out."
             raise InvalidRequest(f"The workflow {self.preset.name} has no style {style!r}.", there, {"param": "style"})
@@ -207,11 +211,15 @@ def _identity(person: PersonInput, where: str, values: _Values, catalog: Catalog
         raise type(error)(error.message, error.remedy, details) from error
     refuse_licence(entry, license_policy())
     start, end = _window(person, entry, values, steps, prefix)
+    weight = _weight(person, entry, values, prefix)
+    if weight:
+        said = next((name for name in ("start", "start_step", "end") if getattr(person, name) is not None), "start")
+        _refuse_empty("Identity", "for no identity at all use weight 0", start, end, steps, f"{prefix}{said}")
     version = entry.options.get("version")
     return IdentityRequest(
         method=entry.family,
         version=str(version) if version is not None else None,
-        weight=_weight(person, entry, values, prefix),
+        weight=weight,
         start=start,
         end=end,
         options=_options(person, entry, values, prefix),
@@ -246,6 +254,15 @@ def _window(person: PersonInput, entry: Entry, values: _Values, steps: int, pref
     return float(start), end
 
 
+def _refuse_empty(what: str, way_out: str, start: float, end: float, steps: int, param: str) -> None:
+    """Refuses a window in which no step lies wholly: what was asked for would be left out without a word."""
+    if active_steps(steps, start, end):
+        return
+    message = f"{what} would act from {start:g} to {end:g} of the schedule, which holds none of the picture's {steps} steps whole."
+    remedy = f"Step i of {steps} goes from i / {steps} to (i + 1) / {steps}: widen the window, or take more steps; {way_out}."
+    raise InvalidRequest(message, remedy, {"param": param, "steps": steps})
+
+
 def _options(person: PersonInput, entry: Entry, values: _Values, prefix: str) -> dict[str, str | float]:
     """What only this method knows: `weight_type`, where the catalogue lists some."""
     kinds = cast(list[str], entry.options.get("weight_types", []))
@@ -274,7 +291,7 @@ def _size(request: GenerateRequest, values: _Values, base: Entry) -> tuple[int, 
         width, height = default
     for name, side in (("width", width), ("height", height)):
         if side % STEP_SCALE:
-            nearest = max(STEP_SCALE, round(side / STEP_SCALE) * STEP_SCALE)
+            nearest = max(STEP_SCALE, (side + STEP_SCALE // 2) // STEP_SCALE * STEP_SCALE)  # of whole numbers: a side may be of any length
             message = f"The {name} is {side}, which is not a multiple of {STEP_SCALE}."
             raise InvalidRequest(message, f"The nearest that is: {nearest}.", {"param": name if param == "width" else param})
     low, high = cast(tuple[int, int], base.options.get("sides", _SIDES_PX))
@@ -296,11 +313,11 @@ def _of_ratio(ratio: str, pixels: int) -> tuple[int, int]:
     return width, height
 
 
-def _pictures(people: list[tuple[str, PersonInput]]) -> list[PersonPictures]:
+def _pictures(people: list[tuple[str, PersonInput]], limits: Limits) -> list[PersonPictures]:
     known: dict[tuple[object, ...], PersonPictures] = {}
     result = []
     for where, person in people:
-        pictures = tuple(_picture(text, _place(where, index)) for index, text in enumerate(person.images))
+        pictures = tuple(_picture(text, _place(where, index), limits) for index, text in enumerate(person.images))
         key = (pictures, person.face_index)
         result.append(known.setdefault(key, PersonPictures(pictures, person.face_index)))
     return result
@@ -312,8 +329,8 @@ def _place(where: str, index: int) -> str:
     return where if where == "reference_image" else f"{where}[{index}]"
 
 
-def _picture(text: str, where: str) -> bytes:
+def _picture(text: str, where: str, limits: Limits) -> bytes:
     try:
-        return from_text(text)
+        return from_text(text, limits)
     except InvalidImage as error:
         raise InvalidImage(f"`{where}`: {error.message}", error.remedy, {**error.details, "param": where}) from error

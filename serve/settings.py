@@ -19,6 +19,8 @@ from deployments.prompt_server import PromptSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "serve"
 _GPU_CLASS_LABEL = "gpu-class"
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+"""Environment in which the model libraries keep their bars and their talk of absent optional packages to themselves."""
 
 
 class _Strict(BaseModel):

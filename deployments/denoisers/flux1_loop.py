@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from deployments.denoisers.schedule import active
+from deployments.denoisers.windows import active
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel

@@ -1,11 +1,10 @@
-"""When things happen: the noise levels of a flow-matching sampler, and which of its steps lie in a window.
+"""The noise levels of a flow-matching sampler, which is diffusers' own, made anew for every request because it counts its steps.
 
-The sampler is diffusers' own, made anew for every request because it counts its steps. Knows no model.
+Knows no model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,15 +12,8 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-# In steps. A window that was meant as 4/28 and written with six digits begins at step 4, for up to 200 steps.
-_EPSILON = 1e-4
 # Where a scheduler's configuration is silent: FLUX.1's own numbers (diffusers, pipelines/flux/pipeline_flux.py: calculate_shift).
 _SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-
-
-def active(step: int, steps: int, start: float, end: float) -> bool:
-    """Whether step 0..steps-1 lies in the window start..end, percents of the schedule (0..1): ceil(start N) <= i < floor(end N)."""
-    return math.ceil(start * steps - _EPSILON) <= step < math.floor(end * steps + _EPSILON)
 
 
 def shift_of(config: Mapping[str, Any], tokens: int) -> float:

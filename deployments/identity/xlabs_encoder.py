@@ -8,7 +8,7 @@ x-flux-comfyui does. Preprocessing is our own, so that the same picture gives th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from deployments.pretrained import load_pretrained
 # openai/CLIP, clip/clip.py: the normalisation of its pictures, RGB.
 _MEAN: Final = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _DEVIATION: Final = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+_BLACK: Final = np.zeros((224, 224, 3), np.uint8)
+_NO_FACE: Final = np.zeros(4, np.float32)
 # What a whole CLIP (openai/clip-vit-large-patch14) holds beside its vision tower.
 _SPARE: Final = ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")
 
@@ -40,10 +42,13 @@ class XLabsEncoder:
         dtype: torch.dtype = torch.float32,
         *,
         model: str,
+        nobody: Literal["black_picture", "zero_embedding"] = "black_picture",
         torch_threads: int | None = None,
     ) -> None:
         """adapter: an XLabs safetensors file; image_encoder: a folder with a CLIP vision tower. model: the catalogue's id.
-        torch_threads: of the process. Raises MissingWeights, UnsafeWeights, DamagedWeights, CheckpointMismatch.
+        nobody: what stands for no reference in the negative pass: a black picture, as for the published files (x-flux at 4749542,
+        src/flux/xflux_pipeline.py), or an embedding of zeros. torch_threads: of the process.
+        Raises MissingWeights, UnsafeWeights, DamagedWeights, CheckpointMismatch.
         """
         if torch_threads is not None:
             torch.set_num_threads(torch_threads)
@@ -54,10 +59,11 @@ class XLabsEncoder:
         if gives != reads:
             raise CheckpointMismatch(f"{adapter} reads embeddings of {reads} numbers, the CLIP in {image_encoder} gives {gives}.")
         self._cache = TokenCache()
-        self._nobody = self._projected(torch.zeros(1, reads))
+        nothing = self._encoded(_BLACK, _NO_FACE) if nobody == "black_picture" else torch.zeros(1, reads)
+        self._nobody = self._projected(nothing)
 
     def encode(self, person: Person) -> IdentityTokens:
-        """[1, tokens, width], on the CPU in the encoder's type, of the references' mean embedding; unconditional: of zeros."""
+        """[1, tokens, width], on the CPU in the encoder's type, of the references' mean embedding; unconditional: see `nobody`."""
         seen = [self._embedding(picture, face.box) for picture, face in zip(person.pictures, person.faces, strict=True)]
         return IdentityTokens(self._model, self._projected(torch.stack(seen).float().mean(0)), self._nobody)
 

@@ -3,8 +3,9 @@
 Its sizes follow from the shapes in the file (published: v1 has 4 tokens, v2 has 16), which is read strictly, one half at a time.
 Knows no CLIP and no picture: the embedding comes from outside. It carries likeness of style and subject more than of a face.
 
-Where a formula was read: diffusers 0.42, loaders/transformer_flux.py and models/embeddings.py (ImageProjection), after XLabs-AI/x-flux,
-src/flux/modules/layers.py.
+Where a formula was read: XLabs-AI/x-flux at 4749542, src/flux/modules/layers.py (ImageProjModel, IPDoubleStreamBlockProcessor), and
+diffusers 0.42, loaders/transformer_flux.py and models/embeddings.py (ImageProjection), after it. The ramps: XLabs-AI/x-flux-comfyui at
+0032855, utils.py (LinearStrengthModel and its like) and nodes.py (ApplyAdvancedFluxIPAdapter).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _KEYS, _VALUES = "ip_adapter_double_stream_k_proj", "ip_adapter_double_stream_v_
 _PROBES = (f"{_PROJECTION}.proj.weight", f"{_PROJECTION}.norm.weight", f"{_BLOCKS}.0.processor.{_KEYS}.weight")
 # LinearStrengthModel(0.3, 0.92, 19): diffusers, loaders/ip_adapter.py, docstring of set_ip_adapter_scale; v2 does poorly at a flat scale.
 _LINEAR = (0.3, 0.92)
-# How steeply the sigmoid ramp climbs over all blocks (ApplyAdvancedFluxIPAdapter).
+# How steeply the sigmoid ramp climbs over all blocks (SigmoidStrengthModel).
 _STEEPNESS = 8.0
 
 
@@ -121,12 +122,17 @@ def _rise(begin: float, end: float, steps: int) -> list[float]:
 
 
 def _sigmoid(blocks: int) -> list[float]:
-    """From about -1/2 to +1/2: the node subtracts 1/2 from the sigmoid, hence the first blocks are pushed away from the reference."""
-    return [1 / (1 + math.exp(-(index - blocks / 2) * _STEEPNESS / blocks)) - 0.5 for index in range(blocks)]
+    """From nearly 0 to nearly 1, half of it at the middle block: the node at begin_strength 0.5 and end_strength 1.5.
+
+    At its usual 0 and 1 the node climbs from -1/2 to +1/2, since it adds to begin_strength the sigmoid less a half: the first half of
+    the blocks would push the picture away from the reference, and none would reach the weight. Nobody asks for that by a weight of 0 to 1.
+    """
+    return [1 / (1 + math.exp(-(index - blocks / 2) * _STEEPNESS / blocks)) for index in range(blocks)]
 
 
-# Strength of each double block, by form; all but `linear` and `constant` after XLabs' ComfyUI node ApplyAdvancedFluxIPAdapter
-# with its own ends, 0 and 1. They run over the blocks, never over time.
+# Strength of each double block, by form, all from 0 to 1, so that the weight is the most that any block gets and its sign is everywhere
+# the same. They run over the blocks, never over time. All but `constant` are a `smothing_type` of the node ApplyAdvancedFluxIPAdapter:
+# its begin_strength is the first block's, its end_strength the last one's (but see `_sigmoid`). Ours: 0 and 1; `linear`: 0.3 and 0.92.
 RAMPS: Mapping[str, Callable[[int], list[float]]] = {
     "linear": lambda blocks: _rise(*_LINEAR, blocks),
     "constant": lambda blocks: [1.0] * blocks,

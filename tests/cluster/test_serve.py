@@ -131,8 +131,10 @@ def test_another_ray_program_uses_the_handle(url: str, tmp_path: Path) -> None:
 
 
 def test_the_command_line_gives_the_pixels_that_http_gives(url: str, tmp_path: Path) -> None:
-    command = [Path(sys.executable).parent / "likeness", "flux-pulid", "--server", url, "--out", tmp_path, "--prompt", PORTRAIT]
-    options = ["--reference-image", CHARACTERS[0], "--seed", "4", "--steps", "2", "--size", "64x64", "--style", "stylized"]
+    likeness = Path(sys.executable).parent / "likeness"
+    told = ["--out", str(tmp_path), "--prompt", PORTRAIT, "--reference-image", str(CHARACTERS[0])]
+    command = [str(likeness), "flux-pulid", "--server", url, *told]
+    options = ["--seed", "4", "--steps", "2", "--size", "64x64", "--style", "stylized"]
     run = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     with Client(url) as client:

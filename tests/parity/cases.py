@@ -1,4 +1,4 @@
-"""The small models and the inputs for which goldens/ holds what the reference computed. make_goldens.py and the tests share them."""
+"""The small models and the inputs for which goldens/ holds what a reference computed. The scripts that do so and the tests share them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deployments.identity.eva_clip import EvaConfig
 from deployments.identity.pulid import SCALES, PuLIDConfig
+from deployments.identity.xlabs_ip_adapter import XLabsConfig
 from tests.named_weights import fill, named_tensor
 
 # The reference taps blocks 4, 8, ... 20 whatever its size: hence so deep. The grids differ, so that positions are interpolated.
@@ -28,6 +29,22 @@ FLUX: dict[str, Any] = {
 WEIGHTS = (0.75, 2.0)
 STEPS = 5
 GUIDANCE = 3.5
+# What FLUX.1-dev's folder says of its schedule; the references have these numbers written into get_schedule.
+SCHEDULE = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+
+XLABS = XLabsConfig(image_dim=12, tokens=6, token_dim=16, dim=32, blocks=3)
+IP_SCALES = (0.4, 1.0)
+# Each form of ours: the function of x-flux-comfyui's utils.py, and the begin_strength and end_strength at which it gives the same.
+RAMPS = {
+    "linear": ("LinearStrengthModel", 0.3, 0.92),
+    "first_half": ("FirstHalfStrengthModel", 0.0, 1.0),
+    "second_half": ("SecondHalfStrengthModel", 0.0, 1.0),
+    "sigmoid": ("SigmoidStrengthModel", 0.5, 1.5),
+}
+# FLUX.1's number, and two others, even and odd.
+RAMP_BLOCKS = (19, 8, 5)
+# The forms that the node has for as few blocks as the small model's: it divides by the steps of half of them.
+SMALL_RAMPS = ("linear", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,30 @@ DENOISINGS = (
     Denoising("late_identity", start_step=2),
     Denoising("true_cfg", true_cfg=3.0, timestep_to_start_cfg=0),
     Denoising("delayed_true_cfg_and_identity", weight=1.5, start_step=1, true_cfg=2.5, timestep_to_start_cfg=3),
+)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """One run of x-flux's whole loop, in its words; the adapter acts from the first step to the last, there being no window.
+
+    ip_scale, neg_ip_scale: of the picture in the pass of the prompt, and of the other picture in that of the negative prompt.
+    true_gs: 1 is off by arithmetic alone, x-flux makes the second pass all the same.
+    """
+
+    name: str
+    ip_scale: float = 1.0
+    neg_ip_scale: float = 1.0
+    true_gs: float = 1.0
+    timestep_to_start_cfg: int = 0
+
+
+STEERINGS = (
+    Steering("nobody", ip_scale=0.0),
+    Steering("adapter", ip_scale=0.75),
+    Steering("true_cfg", true_gs=3.5),
+    Steering("true_cfg_with_a_fainter_negative", neg_ip_scale=0.25, true_gs=3.5),
+    Steering("delayed_true_cfg", ip_scale=0.6, neg_ip_scale=0.5, true_gs=3.5, timestep_to_start_cfg=3),
 )
 
 
@@ -89,3 +130,8 @@ def denoise_input() -> dict[str, Tensor]:
         **{f"{which}pooled": named_tensor(f"{which}pooled", 1, FLUX["pooled_projection_dim"]) for which in ("", "negative_")},
         **{which: named_tensor(which, 1, PULID.queries, PULID.output_dim) for which in ("own", "nobody")},
     }
+
+
+def image_embeds() -> dict[str, Tensor]:
+    """What CLIP would say of two pictures, one a pass."""
+    return {which: named_tensor(f"{which} picture's embedding", 1, XLABS.image_dim) for which in ("own", "negative")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -18,10 +17,7 @@ from deployments.identity.pulid import PuLID, metadata_of
 from deployments.identity.pulid_adapter import PuLIDAdapter
 from tests.named_weights import fill
 from tests.parity import cases
-
-_TOLERANCE = 1e-5
-# What FLUX.1-dev's folder says of its schedule; the reference has these numbers written into get_schedule.
-_SCHEDULE = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+from tests.parity.agreement import TOLERANCE, golden, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +42,17 @@ def _ended(transformer: FluxTransformer2DModel, adapter: PuLIDAdapter, case: cas
         negative=Text(given["negative_states"], given["negative_pooled"]) if case.true_cfg != 1 else None,
         true_cfg_scale=case.true_cfg, true_cfg_start=case.timestep_to_start_cfg / cases.STEPS, influences=influences,
     )  # fmt: skip
-    scheduler = sampler(_SCHEDULE, cases.STEPS, given["noise"].shape[1])
+    scheduler = sampler(cases.SCHEDULE, cases.STEPS, given["noise"].shape[1])
     with torch.inference_mode():
         return denoise(transformer, scheduler, call, before_forward=lambda: None, after_step=lambda step: None)
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 @pytest.mark.parametrize("case", cases.DENOISINGS, ids=lambda case: case.name)
 def test_the_loop_ends_where_the_references_ends(case: cases.Denoising, adapter_file: Path) -> None:
     transformer = cases.transformer()
     ended = _ended(transformer, PuLIDAdapter(transformer, adapter_file), case)
-    with np.load(Path(__file__).parent / "goldens" / "denoise.npz", allow_pickle=False) as file:
-        golden = {name: torch.from_numpy(file[name]) for name in file.files}
-    assert _relative_error(ended, golden[case.name]) <= _TOLERANCE
+    theirs = golden("denoise")
+    assert relative_error(ended, theirs[case.name]) <= TOLERANCE
     # The cases would prove nothing if what they vary hardly mattered.
-    others = [_relative_error(golden[case.name], other) for name, other in golden.items() if name != case.name]
+    others = [relative_error(theirs[case.name], other) for name, other in theirs.items() if name != case.name]
     assert min(others) > 0.03

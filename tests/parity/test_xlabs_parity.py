@@ -23,8 +23,8 @@ from deployments.identity.image_attention import IMAGE_KEY
 from deployments.identity.xlabs_ip_adapter import XLabs, XLabsAdapter, XLabsConfig, load_projection, ramp
 from tests.mini_drawing import FLUX, LENGTH, SIZE, STEPS, XLABS, XLABS_FILE, clip_embedding, request, texts, xlabs_person
 from tests.named_weights import fill, named_tensor
+from tests.parity.agreement import TOLERANCE, relative_error
 
-_TOLERANCE = 1e-5
 _GRID = Grid(SIZE // 8, SIZE // 8, 16)
 
 
@@ -70,20 +70,15 @@ def _our_latents(weight: float, options: Mapping[str, str], cfg: bool, config: A
         return denoise(transformer, scheduler, call, before_forward=lambda: None, after_step=lambda step: None)
 
 
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
-
 @pytest.mark.parametrize("cfg", [False, True])
 @pytest.mark.parametrize(("weight", "form"), [(1.0, "constant"), (0.8, "linear"), (0.5, "second_half")])
 def test_the_whole_loop_ends_where_stock_fluxpipeline_ends(stock: FluxPipeline, weight: float, form: str, cfg: bool) -> None:
     options = {"weight_type": form}
     strengths = [weight * strength for strength in ramp(options, 2)]
     theirs = _stock_latents(stock, strengths, cfg)
-    assert _relative_error(_our_latents(weight, options, cfg, stock.scheduler.config), theirs) <= _TOLERANCE
+    assert relative_error(_our_latents(weight, options, cfg, stock.scheduler.config), theirs) <= TOLERANCE
     # The case would prove nothing if the adapter hardly mattered in it.
-    assert _relative_error(_stock_latents(stock, [0.0, 0.0], cfg), theirs) > 1e-3
+    assert relative_error(_stock_latents(stock, [0.0, 0.0], cfg), theirs) > 1e-3
 
 
 def test_one_forward_with_a_strong_adapter_of_v2s_kind_equals_stocks(tmp_path: Path) -> None:
@@ -111,8 +106,8 @@ def test_one_forward_with_a_strong_adapter_of_v2s_kind_equals_stocks(tmp_path: P
         (expected,) = theirs(**call, joint_attention_kwargs={"ip_adapter_image_embeds": [embedding[:, None]]})
         item = adapter.condition(load_projection(file).tokens(embedding), request(XLABS, weight=0.8, options=form))
         (drawn,) = ours(**call, joint_attention_kwargs={IMAGE_KEY: item})
-    assert _relative_error(drawn, expected) <= _TOLERANCE
-    assert _relative_error(base, expected) > 0.05
+    assert relative_error(drawn, expected) <= TOLERANCE
+    assert relative_error(base, expected) > 0.05
 
 
 def _transformer(config: XLabsConfig) -> FluxTransformer2DModel:

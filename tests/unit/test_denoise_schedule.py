@@ -12,7 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from deployments.denoisers.latents import Grid, noise, pack, positions, to_picture, unpack
-from deployments.denoisers.schedule import active, sampler
+from deployments.denoisers.schedule import sampler
+from deployments.denoisers.windows import active, active_steps
 from tests.named_weights import named_tensor
 
 DEV = {
@@ -41,6 +42,7 @@ GRID = Grid(rows=3, columns=5, channels=16)
     ],
 )
 def test_a_window_in_percents_is_these_steps(start: float, end: float, steps: int, first: int, last: int) -> None:
+    assert active_steps(steps, start, end) == range(first, last + 1)
     assert [step for step in range(steps) if active(step, steps, start, end)] == list(range(first, last + 1))
 
 
@@ -53,6 +55,7 @@ def test_any_start_step_written_with_six_digits_begins_at_that_step(steps: int) 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (0.8, 0.2)])
 def test_an_empty_window_holds_no_step(start: float, end: float) -> None:
     assert not any(active(step, 20, start, end) for step in range(20))
+    assert not active_steps(20, start, end)
 
 
 def test_adjoining_windows_share_no_step_and_leave_none_out() -> None:

@@ -57,7 +57,7 @@ def pulid() -> PuLIDEncoder:
 
 @pytest.fixture(scope="module")
 def xlabs() -> XLabsEncoder:
-    return XLabsEncoder(XLABS, CLIP, model="xlabs-ip-adapter-mini", torch_threads=1)
+    return XLabsEncoder(XLABS, CLIP, model="xlabs-ip-adapter-mini", nobody="zero_embedding", torch_threads=1)
 
 
 def _one(person: Person, index: int) -> Person:
@@ -85,6 +85,14 @@ def test_xlabs_tokens_are_those_of_the_stock_pipeline(people: dict[str, Person],
             with torch.no_grad():
                 (expected,) = studio.pipe.transformer.encoder_hid_proj([given])
             assert torch.allclose(ours, expected.view_as(ours), atol=1e-4)
+
+
+def test_nobody_is_a_black_picture_for_the_published_files(people: dict[str, Person]) -> None:
+    black = Person(people["ada"].faces[:1], (np.zeros_like(people["ada"].pictures[0]),))
+    encoder = XLabsEncoder(XLABS, CLIP, model="xlabs-ip-adapter-v2", torch_threads=1)
+    encoded = encoder.encode(black)
+    assert torch.allclose(encoded.unconditional, encoded.tokens, atol=1e-6)
+    assert not torch.allclose(encoded.unconditional, encoder.encode(people["ada"]).tokens, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["pulid", "xlabs"])
@@ -158,7 +166,7 @@ def test_content_has_types_and_shapes() -> None:
 def test_half_precision_is_near_and_stays_half(people: dict[str, Person], pulid: PuLIDEncoder, xlabs: XLabsEncoder) -> None:
     encoders: list[tuple[IdentityEncoder, IdentityEncoder]] = [
         (pulid, PuLIDEncoder(PULID, EVA, dtype=torch.bfloat16, model="pulid-mini")),
-        (xlabs, XLabsEncoder(XLABS, CLIP, dtype=torch.bfloat16, model="xlabs-ip-adapter-mini")),
+        (xlabs, XLabsEncoder(XLABS, CLIP, dtype=torch.bfloat16, model="xlabs-ip-adapter-mini", nobody="zero_embedding")),
     ]
     for full, half in encoders:
         expected, got = full.encode(people["ada+"]), half.encode(people["ada+"])

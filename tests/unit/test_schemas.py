@@ -23,6 +23,7 @@ from deployments.errors import (
     UnknownModel,
     UnsupportedCombination,
 )
+from deployments.images import DEFAULT_LIMITS, Limits
 from serve.normalise import normalise, parse, recipe
 from serve.presets import WORKFLOWS_PATH, Preset, load_presets
 from serve.problem import error_of, problem_of
@@ -96,6 +97,47 @@ def test_the_ip_adapter_has_weight_0_8_and_a_ramp(catalog: Catalog) -> None:
 def test_where_identity_begins(catalog: Catalog, said: dict[str, Any], start: float) -> None:
     (identity,) = asked(catalog, "flux-pulid", {**BODY, **said})[0].identities
     assert identity.start == pytest.approx(start)
+
+
+@pytest.mark.parametrize(
+    ("said", "window", "param"),
+    [
+        ({"steps": 4, "start": 0.9}, r"0\.9 to 1 .* 4 steps", "start"),
+        ({"steps": 4, "start": 0.8, "end": 1.0}, r"0\.8 to 1 .* 4 steps", "start"),
+        ({"steps": 4, "start": 0.3, "end": 0.7}, r"0\.3 to 0\.7 .* 4 steps", "start"),
+        ({"steps": 4, "start_step": 1, "end": 0.49}, r"0\.25 to 0\.49 .* 4 steps", "start_step"),
+        ({"steps": 4, "style": "stylized", "end": 0.2}, r"0 to 0\.2 .* 4 steps", "end"),
+        ({"end": 0.24}, r"0\.2 to 0\.24 .* 20 steps", "end"),
+        ({"steps": 4, "true_cfg_scale": 3, "true_cfg_start": 0.9}, r"True CFG .* 0\.9 to 1 .* 4 steps", "true_cfg_start"),
+    ],
+)
+def test_a_window_that_holds_no_step_is_refused(catalog: Catalog, said: dict[str, Any], window: str, param: str) -> None:
+    with pytest.raises(InvalidRequest, match=window) as caught:
+        asked(catalog, "flux-pulid", {**BODY, **said})
+    assert caught.value.details["param"] == param and "widen the window" in caught.value.remedy
+
+
+def test_a_window_without_a_step_is_refused_by_the_person_that_has_it(catalog: Catalog) -> None:
+    people = [PERSON, {**PERSON, "start": 0.9}]
+    with pytest.raises(InvalidRequest, match="4 steps") as caught:
+        asked(catalog, None, {"prompt": "x", "steps": 4, "identities": people})
+    assert caught.value.details["param"] == "identities[1].start"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"steps": 4, "start": 0.75},
+        {"steps": 4, "start": 0.25, "end": 0.5},
+        {"steps": 28, "start": 0.142857, "end": 0.178571},
+        {"steps": 1},
+        {"steps": 4, "start": 0.9, "weight": 0},
+        {"steps": 4, "true_cfg_start": 0.9},
+        {"steps": 4, "true_cfg_scale": 3, "true_cfg_start": 1},
+    ],
+)
+def test_a_window_with_one_step_and_one_for_what_is_off_are_fine(catalog: Catalog, said: dict[str, Any]) -> None:
+    asked(catalog, "flux-pulid", {**BODY, **said})
 
 
 def test_the_older_weights_are_chosen_by_version(catalog: Catalog) -> None:
@@ -203,6 +245,10 @@ def test_a_shape_keeps_the_number_of_pixels(catalog: Catalog, ratio: str, size: 
         ({"n": 9}, "less than or equal to 8", "n"),
         ({"steps": 0}, "greater than or equal to 1", "num_inference_steps"),
         ({"seed": -1}, "seed", "seed"),
+        ({"seed": True}, "`seed` is true", None),
+        ({"face_index": True}, "`face_index` is true", None),
+        ({"width": 10**400 + 1, "height": 64}, "not a multiple of 16", "width"),
+        ({"int": 1}, "`int`: there is no such field", "int"),
         ({"start": 0.5, "start_step": 3}, "say the same thing", None),
         ({"start": 0.5, "end": 0.5}, "is not before", None),
         ({"end": 0.1}, "begin at 0.2 of the schedule and end at 0.1", "end"),
@@ -237,6 +283,7 @@ def test_what_is_wrong_is_refused_with_its_field(catalog: Catalog, change: dict[
         ({"reference_image": uri()}, "by which method"),
         ({"weight": 1}, "needs a person"),
         ({"style": "stylized"}, "names none"),
+        ({"workflow": "flux-pulid", "reference_image": uri(), "style": ""}, "no style ''"),
         ({"workflow": "flux-pulld"}, "no workflow 'flux-pulld'.*flux-pulid"),
     ],
 )
@@ -292,6 +339,22 @@ def test_a_rejected_picture_is_not_repeated_in_the_error(catalog: Catalog) -> No
     with pytest.raises(InvalidRequest) as caught:
         normalise("flux-pulid", {**BODY, "size": uri()}, catalog, "flux1-mini")
     assert len(str(caught.value)) < 400 and len(problem_of(caught.value).model_dump_json()) < 2000
+
+
+def test_an_error_stays_small_whatever_was_sent(catalog: Catalog) -> None:
+    wrong = {**BODY, "k" * 100_000: 1, **{f"field{k}": 1 for k in range(5_000)}}
+    with pytest.raises(InvalidRequest, match=r"5000 more: .*\.\.\.") as caught:
+        normalise("flux-pulid", wrong, catalog, "flux1-mini")
+    assert len(problem_of(caught.value).model_dump_json()) < 10_000
+
+
+def test_the_limits_of_pictures_are_those_of_the_server(catalog: Catalog) -> None:
+    small, large = Limits(bytes=1000), Limits(bytes=2 * DEFAULT_LIMITS.bytes)
+    huge = "A" * (DEFAULT_LIMITS.bytes * 3 // 2)
+    with pytest.raises(InvalidImage, match="allowed"):
+        normalise("flux-pulid", BODY, catalog, "flux1-mini", limits=small)
+    _, people = normalise("flux-pulid", {**BODY, "reference_image": huge}, catalog, "flux1-mini", limits=large)
+    assert len(people[0].pictures[0]) > DEFAULT_LIMITS.bytes
 
 
 def test_a_new_workflow_is_a_file(tmp_path: Path, catalog: Catalog) -> None:
