@@ -187,7 +187,9 @@ def _of_diffusers(folder: Path, name: str) -> int:
 def _of_transformers(folder: Path, name: str) -> int:
     """By the library's own reading: only it knows under which old names its checkpoints may lie. On `meta` it opens headers only."""
     import transformers
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading, and nothing is loaded
     for shard in sorted(folder.glob("*.safetensors")):
         safetensors_header(shard)
     kind = getattr(transformers, name)

@@ -16,13 +16,12 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.table import Table
 from typer.core import TyperGroup
 
 from deployments.errors import InvalidRequest, LikenessError
 from serve.cli_models import models
 from serve.cli_options import command
-from serve.cli_output import ERR, OUT, drawing, print_answer, report_error, waiting, write_answer
+from serve.cli_output import ERR, OUT, drawing, print_answer, report_error, table, waiting, write_answer
 from serve.client import Client
 from serve.presets import Preset, load_presets
 from serve.schemas import GenerateRequest
@@ -133,11 +132,11 @@ def analyze(
     if as_json:
         OUT.print_json(answer.model_dump_json())
         return
-    table = Table("face", "box (x0 y0 x1 y1)", "sure", "age", "sex", box=None, pad_edge=False)
+    lines = table("face", "box (x0 y0 x1 y1)", "sure", "age", "sex")
     for face in answer.faces:
         box = " ".join(f"{edge:.0f}" for edge in face.box)
-        table.add_row(str(face.index), box, f"{face.score:.2f}", str(face.age if face.age is not None else "?"), face.sex or "?")
-    OUT.print(table if answer.faces else "No face was found.")
+        lines.add_row(str(face.index), box, f"{face.score:.2f}", str(face.age if face.age is not None else "?"), face.sex or "?")
+    OUT.print(lines if answer.faces else "No face was found.")
 
 
 @app.command()

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from deployments.catalog import CATALOG_PATH, Catalog, Entry, load_catalog
 from deployments.conversion.table import CONVERSIONS_PATH, Conversion, conversion_named, convert, load_conversions
 from deployments.errors import FetchFailed, UnknownModel
 from deployments.fetching import Wanted, conversions_due, fetch, is_here, needed_by, size_of, wanted
 from deployments.weights import WeightFile
-from serve.cli_output import ERR, OUT
+from serve.cli_output import ERR, OUT, table
 from serve.presets import load_presets
 
 models = typer.Typer(help="What models there are, and getting the real ones.", no_args_is_help=True)
@@ -25,11 +24,11 @@ ConversionsOption = Annotated[Path, typer.Option("--conversions", help="Another 
 @models.command("list")
 def list_models(catalog: CatalogOption = CATALOG_PATH) -> None:
     """Every model of the catalogue, what it fits and what it may be used for."""
-    table = Table("id", "role", "family", "fits", "licence", "commercial use", box=None, pad_edge=False)
+    lines = table("id", "role", "family", "fits", "licence", "commercial use")
     for entry in load_catalog(catalog).models.values():
         licence = entry.licence
-        table.add_row(entry.id, entry.role, entry.family, ", ".join(entry.fits), licence.name, "yes" if licence.commercial else "no")
-    OUT.print(table)
+        lines.add_row(entry.id, entry.role, entry.family, ", ".join(entry.fits), licence.name, "yes" if licence.commercial else "no")
+    OUT.print(lines)
 
 
 @models.command()
@@ -120,15 +119,15 @@ def _is_published(entry: Entry) -> bool:
 
 
 def _print_files(files: list[Wanted]) -> None:
-    table = Table("model", "repo", "file", "size", "here", "licence", box=None, pad_edge=False)
+    lines = table("model", "repo", "file", "size", "here", "licence")
     total, unknown, reachable = 0, 0, True
     for item in files:
         size, reachable = _size(item.file, reachable)
         here = is_here(item.file)
         total, unknown = total + (0 if here else size or 0), unknown + (size is None)
         mark = item.licence.name + ("" if item.licence.commercial else " (not commercial)")
-        table.add_row(item.model, item.file.repo, item.file.file, "?" if size is None else _amount(size), "yes" if here else "no", mark)
-    OUT.print(table)
+        lines.add_row(item.model, item.file.repo, item.file.file, "?" if size is None else _amount(size), "yes" if here else "no", mark)
+    OUT.print(lines)
     OUT.print(
         f"To fetch: {_amount(total)}" + (f" and {unknown} files whose size the hub was not asked or did not say." if unknown else ".")
     )

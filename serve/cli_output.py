@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from deployments.errors import LikenessError
 from serve.answers import GenerateResponse, Score
 
+_UNBOUND = 200
+"""Columns of a table that nobody looks at through a window."""
 # Soft wrapping leaves paths whole where they are longer than the window, for whoever copies or pipes them.
-OUT = Console(soft_wrap=True, highlight=False)
+OUT = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _UNBOUND)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def table(*headers: str) -> Table:
+    """Columns that fold where the window is narrow: what is cut off cannot be copied."""
+    return Table(*(Column(header, overflow="fold") for header in headers), box=None, pad_edge=False)
 
 
 @contextmanager
@@ -68,10 +76,10 @@ def write_answer(answer: GenerateResponse, folder: Path, name: str) -> list[Path
 
 def print_answer(answer: GenerateResponse, written: list[Path]) -> None:
     """A line for each picture with its likeness to each reference, then the other files, warnings and licences."""
-    table = Table("picture", "seed", "likeness to each reference", box=None, pad_edge=False)
+    lines = table("picture", "seed", "likeness to each reference")
     for item, path in zip(answer.data, written, strict=False):
-        table.add_row(str(path), str(item.seed), said(item.scores))
-    OUT.print(table)
+        lines.add_row(str(path), str(item.seed), said(item.scores))
+    OUT.print(lines)
     for path in written[len(answer.data) :]:
         OUT.print(str(path), markup=False)
     for warning in answer.warnings:
