@@ -16,6 +16,7 @@ Knows nothing of HTTP, Ray or models: the ingress reads `code` and `status`, the
     ├── QueueFull                     queue_full                 429
     ├── Cancelled                     canceled                   499
     ├── ServerUnreachable             server_unreachable         503
+    ├── DeploymentFailed              deployment_failed          503
     ├── WeightsError
     │   ├── FetchFailed               fetch_failed               503
     │   ├── MissingWeights            missing_weights            503
@@ -151,6 +152,14 @@ class ServerUnreachable(LikenessError):
     code = "server_unreachable"
     status = 503
     advice = "Check the address, and that the server is running (`likeness serve`)."
+
+
+class DeploymentFailed(LikenessError):
+    """A part of the server could not be started."""
+
+    code = "deployment_failed"
+    status = 503
+    advice = "Correct what is named, and start the server again."
 
 
 class WeightsError(LikenessError):

@@ -85,6 +85,15 @@ def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> RGB:
     return np.array(flat if turn is None else flat.transpose(turn), dtype=np.uint8)
 
 
+def pixels_of(data: bytes, limits: Limits = DEFAULT_LIMITS) -> int:
+    """Width x height as the header says, before anything is unpacked; 0 for what `decode` would refuse by its header."""
+    try:
+        with _opened(data, limits) as image:
+            return image.width * image.height
+    except InvalidImage:
+        return 0
+
+
 def from_text(text: str, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """The bytes of a picture given as `data:image/png;base64,...` or as bare base64; nothing of them is opened yet.
 
@@ -114,18 +123,24 @@ def encode(rgb: RGB, format: Format = "png", parameters: Mapping[str, object] | 
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise ValueError(f"A picture is uint8 [H, W, 3], not {rgb.dtype} {list(rgb.shape)}; convert it first.")
-    text = None if parameters is None else json.dumps(parameters, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = None if parameters is None else parameters_text(parameters, format)
     image, stream = Image.fromarray(np.ascontiguousarray(rgb)), BytesIO()
     if format == "png":
         image.save(stream, "PNG", pnginfo=_chunks(text), compress_level=_PNG_EFFORT)
         return stream.getvalue()
-    if format == "jpeg" and text is not None and len(text) > _JPEG_COMMENT_BYTES:
-        raise InvalidRequest(f"The parameters take {len(text)} bytes; a JPEG has room for {_JPEG_COMMENT_BYTES}.", "Ask for png.")
     chosen = _QUALITY[format] if quality is None else quality
     # 4:4:4: halved colour would blur lips and eyes, which are what the pictures are about.
     options: dict[str, int] = {"subsampling": 0} if format == "jpeg" else {}
     image.save(stream, format.upper(), quality=chosen, exif=_exif(text), **options)
     return stream.getvalue()
+
+
+def parameters_text(parameters: Mapping[str, object], format: Format) -> str:
+    """The parameters as a file of that kind carries them, ASCII. Raises InvalidRequest where it has no room for them."""
+    text = json.dumps(parameters, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    if format == "jpeg" and len(text) > _JPEG_COMMENT_BYTES:
+        raise InvalidRequest(f"The parameters take {len(text)} bytes; a JPEG has room for {_JPEG_COMMENT_BYTES}.", "Ask for png.")
+    return text
 
 
 def parameters_of(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, object] | None:

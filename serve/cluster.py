@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from deployments.errors import DeploymentFailed
 from serve.settings import AppSettings
 
 _APP = "likeness"
+_OURS = "deployments.errors."
 
 
 @contextmanager
@@ -20,6 +22,7 @@ def serving(settings: AppSettings, host: str = "127.0.0.1", port: int = 8000) ->
     """The address of a running server, which answers when this is entered. Ray is joined where it runs (RAY_ADDRESS), else started.
 
     Token authentication between Ray's own processes is off: everything listens on this machine alone.
+    Raises DeploymentFailed, which says what a deployment died of.
     """
     # Read when Ray is imported; Ray's default differs between local and other clusters, so it is always said.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -34,9 +37,23 @@ def serving(settings: AppSettings, host: str = "127.0.0.1", port: int = 8000) ->
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         ray.serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-        ray.serve.run(build(settings), name=_APP, route_prefix="/")
+        try:
+            ray.serve.run(build(settings), name=_APP, route_prefix="/")
+        except RuntimeError as error:  # names the deployments that failed, and no reason
+            raise _failure(ray.serve.status().applications[_APP]) from error
         yield f"http://{host}:{port}"
-        cast(Any, ray.serve).shutdown()
     finally:
+        cast(Any, ray.serve).shutdown()
         if ours:
             ray.shutdown()
+
+
+def _failure(app: Any) -> DeploymentFailed:
+    """app: Serve's ApplicationStatusOverview. A deployment's message ends with the traceback of its replica, hence with the reason."""
+    said = {name: deployment.message for name, deployment in app.deployments.items() if deployment.status.name == "DEPLOY_FAILED"}
+    reasons = [f"{name} did not start: {_last_line(message)}" for name, message in said.items()]
+    return DeploymentFailed(" ".join(reasons) or f"The application did not start: {app.message}", details={"deployments": sorted(said)})
+
+
+def _last_line(message: str) -> str:
+    return message.strip().rpartition("\n")[2].removeprefix(_OURS)

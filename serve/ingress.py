@@ -17,9 +17,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull
 from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
+from serve.attachments import PICTURE_FIELDS
 from serve.presets import Preset, load_presets
 from serve.problem import MEDIA_TYPE, Problem, problem_of
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
@@ -31,6 +33,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": text}
     for code, text in ((422, "The request cannot be done; `code` says why, `remedy` what to do."), (429, "As many wait as may wait."))
 }
+_ADDRESS = {404: ("not_found", "There is no such address."), 405: ("method_not_allowed", "The address does not take this method.")}
+# Fields of a form whose text is JSON; the others are read from text as they are, so that a prompt may be a number.
+_STRUCTURED = frozenset({"identity", "identities", "reference_images"})
+# A body has people, their pictures and a few fields: far fewer values, in far fewer levels. (Ray cannot send deep ones on.)
+_MOST_LEVELS, _MOST_VALUES = 16, 10_000
+# No number of bytes that a body may have is longer.
+_LENGTH_DIGITS = 18
 # Headers by which a caller could change what Ray Serve does with the request behind our back.
 _REFUSED_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 
@@ -72,9 +81,6 @@ def api(calls: Calls, max_body_bytes: int, presets: Mapping[str, Preset] | None 
     async def body(request: Request) -> dict[str, Any]:
         return await _body(request, max_body_bytes)
 
-    async def generate(request: Request, workflow: str | None = None) -> Response:
-        return _json(await calls.generate(workflow, await body(request)))
-
     async def analyze(request: Request) -> Response:
         return _json(await calls.analyze(await body(request)))
 
@@ -93,7 +99,7 @@ def api(calls: Calls, max_body_bytes: int, presets: Mapping[str, Preset] | None 
     async def ready() -> dict[str, bool]:
         return await calls.ready()
 
-    _route(app, "/v1/generate", generate, GenerateRequest, GenerateResponse, "Pictures by any workflow")
+    _route(app, "/v1/generate", _named(calls, body, None), GenerateRequest, GenerateResponse, "Pictures by any workflow")
     for preset in (load_presets() if presets is None else presets).values():
         _route(app, preset.endpoint, _named(calls, body, preset.name), preset.request_type, GenerateResponse, preset.description)
     _route(app, "/v1/faces/analyze", analyze, AnalyzeRequest, AnalyzeResponse, "The faces of a picture")
@@ -105,7 +111,7 @@ def api(calls: Calls, max_body_bytes: int, presets: Mapping[str, Preset] | None 
     return app
 
 
-def _named(calls: Calls, body: Any, workflow: str) -> Any:
+def _named(calls: Calls, body: Any, workflow: str | None) -> Any:
     async def generate(request: Request) -> Response:
         return _json(await calls.generate(workflow, await body(request)))
 
@@ -137,6 +143,8 @@ def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:
     """JSON, or a form whose files are pictures. Raises InvalidRequest for anything else, and for more than `limit` bytes."""
+    if request.url.query:
+        raise InvalidRequest("What stands behind the `?` of the address is not read.", "Put every field into the body.")
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media == _MULTIPART:
         return await _form(request, limit)
@@ -145,35 +153,76 @@ async def _body(request: Request, limit: int) -> dict[str, Any]:
         content += chunk
         if len(content) > limit:
             raise _too_large(limit)
-    try:
-        body = json.loads(content)
-    except ValueError as error:
-        raise InvalidRequest(f"The body is no JSON: {error}.", "Send JSON (content-type: application/json) or a form.") from error
+    body = _parsed(content, "The body")
     if not isinstance(body, dict):
         raise InvalidRequest("The body is not a JSON object.", 'Send fields and their values: {"prompt": "..."}.')
     return body
 
 
+def _parsed(text: bytearray | str, what: str) -> Any:
+    """JSON in which no name is given twice, of no more levels and values than a request can have. Raises InvalidRequest."""
+    tangled = InvalidRequest(f"{what} has more levels or more values than any request has.", "Send fields of a request, see /docs.")
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise tangled from error
+    except ValueError as error:
+        raise InvalidRequest(f"{what} is no JSON: {error}.", "Send JSON (content-type: application/json) or a form.") from error
+    level, values = [value], 1
+    for _ in range(_MOST_LEVELS):
+        level = [child for item in level for child in _children(item)]
+        values += len(level)
+        if values > _MOST_VALUES:
+            break
+        if not level:
+            return value
+    raise tangled
+
+
+def _children(item: object) -> list[Any]:
+    if isinstance(item, dict):
+        return list(item.values())
+    return item if isinstance(item, list) else []
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Of a name given twice the last would count, in silence."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise InvalidRequest(f"The field {ascii(name[:60])} is given twice.", "Give it once.")
+        fields[name] = value
+    return fields
+
+
 async def _form(request: Request, limit: int) -> dict[str, Any]:
-    """Fields of a form; those that repeat, and `reference_images`, become lists; values that are JSON are read as such."""
-    if int(request.headers.get("content-length", limit + 1)) > limit:
+    """Fields of a form; those that repeat, and `reference_images`, become lists; people and lists are JSON."""
+    length = request.headers.get("content-length", "")
+    if not (length.isascii() and length.isdecimal()):
+        raise InvalidRequest("The form does not say how long it is.", "Send the header content-length.")
+    if len(length) > _LENGTH_DIGITS or int(length) > limit:
         raise _too_large(limit)
     body: dict[str, Any] = {}
-    async with request.form(max_files=64, max_part_size=limit) as form:
-        for name in form:
-            values = [await _value(item) for item in form.getlist(name)]
-            body[name] = values if len(values) > 1 or name == "reference_images" else values[0]
+    try:
+        async with request.form(max_files=64, max_part_size=limit) as form:
+            for name in form:
+                values = [await _value(name, item) for item in form.getlist(name)]
+                body[name] = values if len(values) > 1 or (name == "reference_images" and not isinstance(values[0], list)) else values[0]
+    except HTTPException as error:  # how Starlette refuses one
+        raise InvalidRequest(
+            f"The form cannot be read: {error.detail}", "Send multipart/form-data as a browser or curl -F does."
+        ) from error
     return body
 
 
-async def _value(item: UploadFile | str) -> Any:
+async def _value(name: str, item: UploadFile | str) -> Any:
     if isinstance(item, UploadFile):
+        if name not in PICTURE_FIELDS:
+            raise InvalidRequest(f"`{name[:60]}` came as a file, and is no picture.", "Send it as a plain field.")
         return base64.b64encode(await item.read()).decode()
-    try:
-        value = json.loads(item)
-    except ValueError:
-        return item
-    return value if isinstance(value, int | float | bool | dict | list) else item
+    if name in _STRUCTURED and item.lstrip().startswith(("{", "[")):
+        return _parsed(item, f"`{name}`")
+    return item
 
 
 def _too_large(limit: int) -> InvalidRequest:
@@ -194,25 +243,30 @@ async def _refuse_headers(request: Request, call_next: Any) -> Response:
 
 async def _answer(request: Request, error: BaseException) -> Response:
     """The one table from errors to answers."""
+    headers = dict((error.headers or {}) if isinstance(error, HTTPException) else {})
     if isinstance(error, HTTPException):
-        problem = Problem(title="There is no such address or method.", status=error.status_code, detail=str(error.detail), code="not_found")
+        code, title = _ADDRESS.get(error.status_code, _ADDRESS[404])
+        remedy = "The addresses and their methods are listed at /docs."
+        problem = Problem(title=title, status=error.status_code, detail=str(error.detail), code=code, remedy=remedy)
     else:
         problem = problem_of(told(error))
-    headers = {"retry-after": str(_RETRY_AFTER_S)} if problem.status in (429, 503) else None
+    if problem.status in (429, 503):
+        headers["retry-after"] = str(_RETRY_AFTER_S)
     return Response(problem.model_dump_json(), status_code=problem.status, media_type=MEDIA_TYPE, headers=headers)
 
 
 def told(error: BaseException) -> LikenessError:
     """What a caller is told: the error itself where it is ours, unwrapped as often as it crossed a deployment; Ray's own by name, so that
     this file needs no Ray; anything else is a fault of ours, which goes to the log and is told without its insides."""
-    while not isinstance(error, LikenessError) and isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
+    # Also where it is one of ours already: Ray's wrapping is a subclass of what it wraps, without its docstring.
+    while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
         error = cause
     if isinstance(error, LikenessError):
         return error
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "BackPressureError" in kinds:
         return QueueFull("As many requests wait as may wait.")
-    if isinstance(error, asyncio.CancelledError) or "RequestCancelledError" in kinds:
+    if isinstance(error, asyncio.CancelledError | ClientDisconnect) or "RequestCancelledError" in kinds:
         return Cancelled("The request was cancelled.")
     _LOG.error("an unexpected error", exc_info=error)
     return LikenessError(f"An unexpected {type(error).__name__}.")

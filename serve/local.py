@@ -29,7 +29,8 @@ def local_handle(settings: AppSettings) -> Any:
 
     from serve.app import build_workflows
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # What fails is raised here, and told by whoever asked; Serve would print its traceback as well.
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     return ray.serve.run(build_workflows(settings), _local_testing_mode=True)
 
 

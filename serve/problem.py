@@ -14,6 +14,8 @@ MEDIA_TYPE = "application/problem+json"
 _TYPE_PREFIX = "urn:likeness:problem:"
 # Of a rejected value, what an error may repeat: a picture in base64 would fill the log.
 _SHOWN_CHARACTERS = 60
+# Of the findings: a body may hold a million wrong fields.
+_SHOWN_FINDINGS = 20
 # What pydantic puts behind a field's name to say which of its several kinds was tried.
 _KIND = re.compile(r"(int|str|float|bool)$|(constrained|literal|function|list|tagged|lax|json)\b.*[-\[]")
 
@@ -78,16 +80,17 @@ def error_of(problem: Problem) -> LikenessError:
 
 
 def invalid(error: ValidationError) -> InvalidRequest:
-    """pydantic's findings as one InvalidRequest: the first in words, all of them under `details["errors"]`."""
+    """pydantic's findings as one InvalidRequest: the first in words, as many as help under `details["errors"]`."""
     by_field: dict[object, dict[str, object]] = {}
     for item in error.errors(include_url=False, include_context=False):
         finding = _finding(item)
         # A field of several kinds (an index, or "largest") is wrong once for each; the first says enough.
         by_field.setdefault(finding["param"], finding)
-    found = list(by_field.values())
+    found = list(by_field.values())[:_SHOWN_FINDINGS]
     first = found[0]
     where = f"`{first['param']}`: " if first["param"] else ""
-    more = f" ({len(found) - 1} more: {', '.join(str(item['param']) for item in found[1:])}.)" if len(found) > 1 else ""
+    others = ", ".join(str(item["param"]) for item in found[1:]) + (", ..." if len(found) < len(by_field) else "")
+    more = f" ({len(by_field) - 1} more: {others}.)" if len(found) > 1 else ""
     details: dict[str, object] = {"errors": found}
     if first["param"]:
         details["param"] = first["param"]
@@ -95,15 +98,22 @@ def invalid(error: ValidationError) -> InvalidRequest:
 
 
 def _finding(item: Mapping[str, Any]) -> dict[str, object]:
-    parts = [part for part in item["loc"] if isinstance(part, int) or not _KIND.match(part)]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
-    if item["type"] == "extra_forbidden":
+    unknown = item["type"] == "extra_forbidden"
+    # The last part of an unknown field is what the caller wrote, even if it is called `int`.
+    last = len(item["loc"]) - 1 if unknown else -1
+    parts = [part for place, part in enumerate(item["loc"]) if isinstance(part, int) or place == last or not _KIND.match(part)]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" for part in parts).lstrip(".")
+    if unknown:
         reason = "there is no such field."
     elif item["type"] == "missing":
         reason = "this field is needed."
     else:
         reason = f"{str(item['msg']).removeprefix('Value error, ')}{_shown(item['input'])}."
     return {"param": param, "reason": reason}
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}…"
 
 
 def _shown(value: object) -> str:

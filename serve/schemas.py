@@ -54,6 +54,9 @@ class Strict(BaseModel):
             if known in spelt:
                 raise ValueError(f"`{spelt[known]}` and `{name}` are the same field; give one of them")
             spelt[known] = name
+            field = cls.model_fields.get(known)
+            if isinstance(body[name], bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"`{name}` is {str(body[name]).lower()}, and no field for yes or no")
         return {known: body[name] for known, name in spelt.items()}
 
     @classmethod

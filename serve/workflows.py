@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
 from deployments import images
 from deployments.catalog import Entry, load_catalog
 from deployments.contracts import RGB, Drawn, Face, GenerationSpec, Identities, IdentityRequest, Need, PersonPictures, Progress
-from deployments.errors import InvalidRequest, QueueFull
+from deployments.errors import InvalidRequest, QueueFull, UnsupportedCombination
 from serve.answers import (
     AnalyzeResponse,
     CompareResponse,
@@ -123,8 +124,10 @@ class Workflows:
         request = await asyncio.to_thread(parse, workflow, body, self._presets)
         if request.response_format == "file" and self._settings.output_folder is None:
             raise InvalidRequest("This server writes no files.", "Ask for response_format b64_json.", {"param": "response_format"})
-        specs, persons = await asyncio.to_thread(normalise, None, request, self._catalog, self._settings.base, self._presets)
+        specs, persons = await asyncio.to_thread(normalise, None, request, self._catalog, self._settings.base, self._presets, self._limits)
         first = specs[0]
+        if request.output_format == "jpeg":  # which may have no room for the recipe: known now, not after the drawing
+            images.parameters_text(await asyncio.to_thread(recipe, specs[-1], persons), request.output_format)
         party = self._party(first.identities, tuple(persons), request.scores)
         texts = (first.prompt, first.negative_prompt) if first.needs_negative else (first.prompt,)
         unread = self._prompts.unread.remote(texts, first.max_sequence_length)
@@ -199,7 +202,11 @@ class Workflows:
         return _Party(people, self._identity.encode.remote(people, tuple(identities)))
 
     def _needs(self, identity: IdentityRequest) -> tuple[Need, ...]:
+        """Raises UnsupportedCombination for a method that fits but is not deployed: here, since nothing has been asked of a model yet."""
         entry = entry_of(self._catalog, identity.method, self._settings.base, identity.version)
+        if entry.id not in self._settings.methods:
+            there = ", ".join(self._settings.methods) or "none"
+            raise UnsupportedCombination(f"{entry.id} is not deployed on this server.", f"Deployed are: {there}.", {"param": "method"})
         return cast(tuple[Need, ...], tuple(cast(Sequence[str], entry.options.get("need", ()))))
 
     async def _drawn(self, spec: GenerationSpec, identities: Any, prompts: Any) -> Drawn:
@@ -247,9 +254,12 @@ class Workflows:
         folder = Path(cast(str, self._settings.output_folder))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{sha256(content).hexdigest()[:32]}.{suffix}"
-        beside = path.with_suffix(".part")
-        beside.write_bytes(content)
-        beside.replace(path)
+        beside = folder / f"{path.name}.{uuid4().hex}.part"  # of this request alone: another may be writing the same picture
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
         return str(path)
 
     def _answer(

@@ -24,12 +24,14 @@ from deployments.faces.choice import Reference, alone, choose, side_lengths
 from deployments.faces.comparison import Likeness, likenesses
 from deployments.faces.parsing import FaceParser
 from deployments.faces.sessions import UNREADABLE, Provider, require, require_file, session_arguments
-from deployments.images import DEFAULT_LIMITS, Limits, decode
+from deployments.images import DEFAULT_LIMITS, Limits, decode, pixels_of
 
 _TASKS = ("detection", "recognition", "genderage")
 _SCORE_FROM = 0.5  # FaceAnalysis.prepare's own default
 _SMALLEST_FACE_PX = 60.0
 """Below, a recogniser's crop of 112 px is more than half invented. Published references are taken from faces of hundreds."""
+_TOGETHER = 8
+"""The references of a request may have as many pixels as this many pictures of the largest size: 1.2 GB by default."""
 # insightface's numbers of devices: its CPU is -1.
 _DEVICES: dict[Provider, int] = {"cpu": -1, "cuda": 0}
 
@@ -73,11 +75,16 @@ class FaceAnalyser:
 
     def people(self, persons: Sequence[PersonPictures], need: Sequence[Need]) -> tuple[Person, ...]:
         """The chosen face in each reference picture of each person, completed; see choice.py for who is chosen, and for what of a
-        picture of several people is handed on.
+        picture of several people is handed on. Who is given twice (the same object) is the same Person twice.
 
         Raises InvalidRequest, InvalidImage, NoFaceDetected, MultipleFaces, FaceTooSmall, naming person and picture.
         """
-        return tuple(self._person(pictures, number, len(persons), need) for number, pictures in enumerate(persons))
+        self._refuse_too_many_pixels(persons)
+        known: dict[int, Person] = {}
+        for number, pictures in enumerate(persons):
+            if id(pictures) not in known:
+                known[id(pictures)] = self._person(pictures, number, len(persons), need)
+        return tuple(known[id(pictures)] for pictures in persons)
 
     def scores(self, pictures: Sequence[RGB], persons: Sequence[Person]) -> tuple[tuple[Likeness, ...], ...]:
         """For each drawn picture each person's likeness. The persons' faces need `judge`."""
@@ -96,6 +103,16 @@ class FaceAnalyser:
             faces.append(face)
             pictures.append(shown)
         return Person(tuple(faces), tuple(pictures))
+
+    def _refuse_too_many_pixels(self, persons: Sequence[PersonPictures]) -> None:
+        """Before the first is unpacked: all of them stay in memory until they are encoded, and a small file may hold many pixels."""
+        distinct = {id(person): person for person in persons}.values()
+        pixels = sum(pixels_of(data, self._limits) for person in distinct for data in person.pictures)
+        allowed = _TOGETHER * self._limits.pixels
+        if pixels > allowed:
+            raise InvalidImage(
+                f"The reference pictures have {pixels} pixels together; {allowed} are allowed.", "Send fewer pictures, or smaller ones."
+            )
 
     def _decoded(self, data: bytes, name: str, details: dict[str, object]) -> RGB:
         try:

@@ -33,13 +33,17 @@ def cosines(faces: Sequence[Face], others: Sequence[Face]) -> Floats:
 def likenesses(found: PictureFaces, persons: Sequence[Person]) -> tuple[Likeness, ...]:
     """One a person. For one person the largest face counts; for several, the assignment whose mean cosines sum up highest.
 
+    A person who stands in the list twice (the same object, brought in by two methods) is one person and has one face.
     Raises as `cosines` does.
     """
     if not persons:
         return ()
-    tables = [cosines(person.faces, found.faces) for person in persons]
-    owners = {0: 0} if len(persons) == 1 and found.faces else _assigned(tables)
-    return tuple(_likeness(table, owners.get(number)) for number, table in enumerate(tables))
+    places: dict[int, int] = {}
+    each = [places.setdefault(id(person), len(places)) for person in persons]
+    distinct = dict(zip(each, persons, strict=True))
+    tables = [cosines(distinct[place].faces, found.faces) for place in range(len(distinct))]
+    owners = {0: 0} if len(tables) == 1 and found.faces else _assigned(tables)
+    return tuple(_likeness(tables[place], owners.get(place)) for place in each)
 
 
 def _assigned(tables: Sequence[Floats]) -> dict[int, int]:

@@ -106,6 +106,25 @@ def test_two_people_and_two_methods_act_together(client: Client) -> None:
     assert np.abs(turned).max() <= 1  # sums in another order
 
 
+def test_one_person_by_two_methods_has_one_face(client: Client) -> None:
+    people = [{"method": method, "images": [ADA]} for method in ("pulid", "xlabs-ip-adapter-v2")]
+    (picture,) = client.generate(prompt=PORTRAIT, identities=people, seed=5, steps=8).data
+    first, second = picture.scores
+    assert first.cosine is not None and first.cosine == second.cosine
+
+
+def test_a_recipe_that_the_file_cannot_hold_is_refused_before_anything_is_drawn(client: Client, handle: Any) -> None:
+    before = handle.prompt_stats.remote().result()
+    with pytest.raises(InvalidRequest, match="png"):
+        client.generate(
+            prompt="\N{CJK UNIFIED IDEOGRAPH-6F22}" * 10_000,
+            negative_prompt="\N{CJK UNIFIED IDEOGRAPH-6F22}" * 2_000,
+            output_format="jpeg",
+            **QUICK,
+        )
+    assert handle.prompt_stats.remote().result() == before
+
+
 def test_a_group_needs_a_face_index_and_the_boxes_say_which(client: Client) -> None:
     with pytest.raises(MultipleFaces) as caught:
         client.generate(workflow="flux-pulid", prompt=PORTRAIT, reference_image=GROUP, **QUICK)

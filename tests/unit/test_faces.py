@@ -33,7 +33,7 @@ from deployments.faces.analysis import FaceAnalyser
 from deployments.faces.choice import Reference, alone, choose
 from deployments.faces.comparison import cosines, likenesses
 from deployments.faces.parsing import FaceParser
-from deployments.images import decode, encode
+from deployments.images import Limits, decode, encode
 from training.mini.world.landmarks import FFHQ_512
 
 ROOT = CATALOG_PATH.parents[1]
@@ -265,6 +265,33 @@ def test_one_person_is_scored_by_the_largest_face_several_by_the_best_assignment
     for persons in ([second], [first, second]):
         assert all(each.face is None and set(each.cosines) == {None} for each in likenesses(_found(), persons))
     assert likenesses(_found(big), []) == ()
+
+
+def test_one_person_by_two_methods_is_one_person_with_one_face() -> None:
+    big, small = _face(0, 0, 50, 50, judge=0), _face(60, 0, 80, 20, judge=1)
+    first, second = Person((_face(0, 0, 9, 9, judge=0),), ()), Person((_face(0, 0, 9, 9, judge=1),), ())
+    for found in (_found(big), _found(big, small)):
+        assert [(each.face, each.cosines) for each in likenesses(found, [first, first])] == [(0, (1.0,))] * 2
+    assert [each.face for each in likenesses(_found(big, small), [first, second, first])] == [0, 1, 0]
+
+
+def test_who_is_given_twice_is_found_once(analyser: FaceAnalyser) -> None:
+    ada = _person("ada-1")
+    first, bruno, again = analyser.people([ada, _person("bruno-1"), ada], ("judge",))
+    assert first is again is not bruno
+
+
+def test_small_files_of_many_pixels_are_refused_together_before_one_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(pixels=256 * 256)
+    small = FaceAnalyser(MODELS, JUDGE, PARSER, det_size=DET_SIZE, smallest_px=SMALLEST_PX, limits=limits)
+    ada = _bytes("ada-1")
+    allowed = 8 * limits.pixels // (decode(ada).shape[0] * decode(ada).shape[1])
+    small.people([PersonPictures((ada,) * allowed)], ())
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("a picture was unpacked"))
+    for persons in ([PersonPictures((ada,) * (allowed + 1))], [PersonPictures((ada,)) for _ in range(allowed + 1)]):
+        with pytest.raises(InvalidImage, match="together") as caught:
+            small.people(persons, ())
+        assert caught.value.remedy
 
 
 def test_scores_of_a_picture_name_the_right_face(analyser: FaceAnalyser) -> None:
