@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 from deployments import images
 from deployments.catalog import Entry, load_catalog
 from deployments.contracts import RGB, Drawn, Face, GenerationSpec, Identities, IdentityRequest, Need, PersonPictures, Progress
-from deployments.errors import InvalidRequest, QueueFull, UnsupportedCombination
+from deployments.errors import InvalidRequest, MultipleFaces, QueueFull, UnsupportedCombination
 from serve.answers import (
     AnalyzeResponse,
     CompareResponse,
@@ -168,7 +168,15 @@ class Workflows:
         request = _parsed(CompareRequest, body)
         sides = ((request.first, request.first_face_index), (request.second, request.second_face_index))
         persons = tuple(PersonPictures((images.from_text(text, self._limits),), face) for text, face in sides)
-        found = await self._faces.people.remote(persons, ("judge",))
+        try:
+            found = await self._faces.people.remote(persons, ("judge",))
+        except MultipleFaces as error:
+            which = ("first", "second")[int(cast(int, error.details.get("person", 0)))]
+            field = f"{which}_face_index"
+            details = {**error.details, "param": field}
+            raise MultipleFaces(
+                f"The {which} picture shows several faces.", f"Name one with `{field}`: 0 is the largest.", details
+            ) from None
         first, second = (person.faces[0].judge_embedding for person in found.persons)
         cosine = min(1.0, max(-1.0, float(first @ second)))
         same = cosine >= request.threshold
@@ -281,7 +289,10 @@ class Workflows:
             models=[entry.id for entry in entries],
             licences=[LicenceInfo.of(entry) for entry in entries],
             request=recipe(specs[0], persons),
-            warnings=[f"The end of `{name}` was not read: {rest!r}." for name, rest in zip(names, unread, strict=False) if rest],
+            warnings=[
+                *(f"The end of `{name}` was not read: {rest!r}." for name, rest in zip(names, unread, strict=False) if rest),
+                *(["`negative_prompt` has no effect while `true_cfg_scale` is 1."] if _unheard(specs[0]) else []),
+            ],
         )
 
     def _used(self, spec: GenerationSpec, scored: bool) -> list[Entry]:
@@ -311,6 +322,10 @@ def _parsed(kind: type[_Body], body: Mapping[str, Any]) -> _Body:
         return kind.model_validate(body)
     except ValidationError as error:
         raise invalid(error) from error
+
+
+def _unheard(spec: GenerationSpec) -> bool:
+    return bool(spec.negative_prompt) and not spec.needs_negative
 
 
 def _face(index: int, face: Face) -> FaceInfo:

@@ -144,6 +144,22 @@ def test_compare_tells_people_apart(client: Client) -> None:
     assert same.cosine > 0.6 > other.cosine + 0.3
 
 
+def test_compare_asks_for_its_own_field_where_there_are_several_faces(client: Client) -> None:
+    with pytest.raises(MultipleFaces, match="second_face_index") as caught:
+        client.compare(ADA, GROUP)
+    assert caught.value.details["param"] == "second_face_index" and caught.value.details["boxes"]
+    assert client.compare(ADA, GROUP, second_face_index=0).verdict in ("same", "different")
+
+
+def test_a_negative_prompt_that_is_not_heard_is_told_and_one_that_is_changes_the_picture(client: Client) -> None:
+    fields = {"prompt": PORTRAIT, "seed": 2, **QUICK}
+    plain, unheard = client.generate(**fields), client.generate(negative_prompt="a forest", **fields)
+    assert np.array_equal(decode(plain.data[0].content), decode(unheard.data[0].content))
+    assert not plain.warnings and "negative_prompt" in unheard.warnings[0]
+    heard = client.generate(negative_prompt="a forest", true_cfg_scale=3, **fields)
+    assert not heard.warnings and not np.array_equal(decode(heard.data[0].content), decode(plain.data[0].content))
+
+
 def test_a_form_with_an_upload_is_the_same_request(http: httpx.Client, client: Client) -> None:
     fields = {name: json.dumps(value) for name, value in {"seed": 6, **QUICK}.items()}
     form = http.post(
