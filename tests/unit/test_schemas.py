@@ -79,67 +79,6 @@ def test_the_ip_adapter_has_weight_0_8_and_a_ramp(catalog: Catalog) -> None:
         assert (identity.method, identity.weight, identity.options) == ("xlabs-ip-adapter-v2", 0.8, {"weight_type": ramp})
 
 
-@pytest.mark.parametrize(
-    ("said", "start"),
-    [
-        ({}, 0.2),
-        ({"style": "photorealistic"}, 0.2),
-        ({"style": "stylized"}, 0.0),
-        ({"start_step": 2}, 0.1),
-        ({"start_step": 2, "style": "stylized"}, 0.1),
-        ({"start": 0.35}, 0.35),
-        ({"start_at": 0.15}, 0.15),
-        ({"steps": 40}, 0.1),
-        ({"steps": 4}, 0.5),
-        ({"steps": 10, "start_step": 9}, 0.9),
-    ],
-)
-def test_where_identity_begins(catalog: Catalog, said: dict[str, Any], start: float) -> None:
-    (identity,) = asked(catalog, "flux-pulid", {**BODY, **said})[0].identities
-    assert identity.start == pytest.approx(start)
-
-
-@pytest.mark.parametrize(
-    ("said", "window", "param"),
-    [
-        ({"steps": 4, "start": 0.9}, r"0\.9 to 1 .* 4 steps", "start"),
-        ({"steps": 4, "start": 0.8, "end": 1.0}, r"0\.8 to 1 .* 4 steps", "start"),
-        ({"steps": 4, "start": 0.3, "end": 0.7}, r"0\.3 to 0\.7 .* 4 steps", "start"),
-        ({"steps": 4, "start_step": 1, "end": 0.49}, r"0\.25 to 0\.49 .* 4 steps", "start_step"),
-        ({"steps": 4, "style": "stylized", "end": 0.2}, r"0 to 0\.2 .* 4 steps", "end"),
-        ({"end": 0.24}, r"0\.2 to 0\.24 .* 20 steps", "end"),
-        ({"steps": 4, "true_cfg_scale": 3, "true_cfg_start": 0.9}, r"True CFG .* 0\.9 to 1 .* 4 steps", "true_cfg_start"),
-    ],
-)
-def test_a_window_that_holds_no_step_is_refused(catalog: Catalog, said: dict[str, Any], window: str, param: str) -> None:
-    with pytest.raises(InvalidRequest, match=window) as caught:
-        asked(catalog, "flux-pulid", {**BODY, **said})
-    assert caught.value.details["param"] == param and "widen the window" in caught.value.remedy
-
-
-def test_a_window_without_a_step_is_refused_by_the_person_that_has_it(catalog: Catalog) -> None:
-    people = [PERSON, {**PERSON, "start": 0.9}]
-    with pytest.raises(InvalidRequest, match="4 steps") as caught:
-        asked(catalog, None, {"prompt": "x", "steps": 4, "identities": people})
-    assert caught.value.details["param"] == "identities[1].start"
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"steps": 4, "start": 0.75},
-        {"steps": 4, "start": 0.25, "end": 0.5},
-        {"steps": 28, "start": 0.142857, "end": 0.178571},
-        {"steps": 1},
-        {"steps": 4, "start": 0.9, "weight": 0},
-        {"steps": 4, "true_cfg_start": 0.9},
-        {"steps": 4, "true_cfg_scale": 3, "true_cfg_start": 1},
-    ],
-)
-def test_a_window_with_one_step_and_one_for_what_is_off_are_fine(catalog: Catalog, said: dict[str, Any]) -> None:
-    asked(catalog, "flux-pulid", {**BODY, **said})
-
-
 def test_the_older_weights_are_chosen_by_version(catalog: Catalog) -> None:
     (identity,) = asked(catalog, "flux-pulid", {**BODY, "version": "0.9.0"}, "flux1-dev")[0].identities
     assert identity.version == "0.9.0" and catalog.fitting(identity.method, "flux1-dev").id == "pulid-v0.9.0"
