@@ -26,6 +26,8 @@ def serving(settings: AppSettings, host: str = "127.0.0.1", port: int = 8000) ->
     """
     # Read when Ray is imported; Ray's default differs between local and other clusters, so it is always said.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray's workers run at niceness 15 unless told otherwise: whatever else the machine does would come first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
     import ray.serve
