@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from deployments.errors import InvalidCatalog, LicenseRefused, UnknownModel, UnsupportedCombination
-from deployments.weights import RelativePath, WeightFile, WeightFolder
+from deployments.weights import RelativePath, WeightFile, WeightFolder, locate, locate_folder
 
 CATALOG_PATH = Path(__file__).resolve().parents[1] / "configs" / "catalog.yaml"
 POLICY_VARIABLE = "LICENSE_POLICY"
@@ -65,6 +65,11 @@ class Entry(_Strict):
     memory_bytes: int | None = Field(default=None, gt=0)
     options: Mapping[str, JsonValue] = {}
     parts: Mapping[Part, ImportString] = {}
+
+    def located(self, weights: str) -> Path:
+        """Where one of its `weights` lies, checked. Raises as `locate` and `locate_folder` do."""
+        record = self.weights[weights]
+        return locate_folder(record) if isinstance(record, WeightFolder) else locate(record)
 
 
 class Refusal(_Strict):

@@ -131,10 +131,9 @@ class PromptEmbeds:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The texts of a request. unread: of each text the end that the length left no room for. seconds: spent so far."""
+    """The texts of a request, and the seconds spent so far."""
 
     embeds: PromptEmbeds
-    unread: tuple[str, ...]
     seconds: Mapping[str, float]
 
 

@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from threading import Event
-from typing import Any, cast
+from typing import Any
 
 from deployments.catalog import load_catalog
 from deployments.contracts import Drawn, GenerationSpec, Identities, Progress, Prompts
 from deployments.hardware import TorchSettings, claim
-from deployments.weights import WeightFile, WeightFolder, locate, locate_folder
 
 
 class DenoiserServer:
@@ -29,10 +28,9 @@ class DenoiserServer:
         adapters = {}
         for method in methods:
             own = catalog.entry(method)
-            adapters[method] = partial(_attached, catalog.part(own, "adapter"), locate(cast(WeightFile, own.weights["adapter"])))
+            adapters[method] = partial(catalog.part(own, "adapter"), path=own.located("adapter"))
         denoiser = catalog.part(entry, "denoiser")
-        folder = locate_folder(cast(WeightFolder, entry.weights["pipeline"]))
-        self._denoiser: Any = denoiser(folder, adapters, device=settings.device, dtype=dtype)
+        self._denoiser: Any = denoiser(entry.located("pipeline"), adapters, device=settings.device, dtype=dtype)
         self._thread = ThreadPoolExecutor(1, "denoise")
 
     async def generate(self, spec: GenerationSpec, identities: Identities, prompts: Prompts) -> AsyncIterator[Progress | Drawn]:
@@ -56,10 +54,6 @@ class DenoiserServer:
 
     def ready(self) -> bool:
         return True
-
-
-def _attached(adapter: Any, path: Any, transformer: Any) -> Any:
-    return adapter(transformer, path)
 
 
 async def _over(work: asyncio.Future[Drawn]) -> None:

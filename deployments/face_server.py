@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.catalog import license_policy, load_catalog, refuse_licence
 from deployments.contracts import RGB, Need, People, PersonPictures, PictureFaces
 from deployments.images import DEFAULT_LIMITS, Limits
-from deployments.weights import WeightFile, locate, locate_folder
 
 if TYPE_CHECKING:
     from deployments.faces.comparison import Likeness
 
 
 class FaceSettings(BaseModel):
-    """faces, judge, parser: ids of the catalogue. provider: of onnxruntime; checked on the session. threads: of one run.
-    limits: of the pictures that are opened here, in bytes and pixels."""
+    """faces, judge, parser: ids of the catalogue. provider: of onnxruntime; checked on the session. threads: of one run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,18 +34,19 @@ class FaceSettings(BaseModel):
 
 class FaceServer:
     def __init__(self, settings: FaceSettings, limits: Limits = DEFAULT_LIMITS) -> None:
+        """limits: of the pictures that are opened here."""
         from deployments.faces.analysis import FaceAnalyser
 
         catalog = load_catalog()
         entries = [catalog.entry(name) for name in (settings.faces, settings.judge, settings.parser)]
         for entry in entries:
             refuse_licence(entry, license_policy())
-        faces, judge, parser = (entry.weights["models" if "models" in entry.weights else "model"] for entry in entries)
-        options: dict[str, Any] = dict(entries[0].options)
+        faces, judge, parser = entries
+        options: dict[str, Any] = dict(faces.options)
         self._analyser = FaceAnalyser(
-            locate_folder(cast(Any, faces)),
-            locate(cast(WeightFile, judge)),
-            locate(cast(WeightFile, parser)),
+            faces.located("models"),
+            judge.located("model"),
+            parser.located("model"),
             det_size=tuple(options["det_size"]),
             provider=settings.provider,
             threads=settings.threads,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
-from deployments.catalog import Entry, load_catalog
+from deployments.catalog import load_catalog
 from deployments.contracts import Identities, IdentityRequest, People
 from deployments.errors import UnsupportedCombination
 from deployments.hardware import TorchSettings, claim
-from deployments.weights import WeightFolder, locate, locate_folder
 
 if TYPE_CHECKING:
     from deployments.identity.base import IdentityEncoder
@@ -26,7 +24,7 @@ class IdentityServer:
         entries = [catalog.entry(method) for method in methods]
         self._encoders: dict[str, IdentityEncoder] = {}
         for entry in entries:
-            adapter, image_encoder = (located(entry, part) for part in ("adapter", "image_encoder"))
+            adapter, image_encoder = (entry.located(part) for part in ("adapter", "image_encoder"))
             encoder = catalog.part(entry, "encoder")
             own = cast(Mapping[str, Any], entry.options.get("encoder", {}))
             self._encoders[entry.family] = encoder(adapter, image_encoder, settings.device, dtype, model=entry.id, **own)
@@ -47,9 +45,3 @@ class IdentityServer:
             there = ", ".join(self._encoders) or "none"
             raise UnsupportedCombination(f"{request.method} is not deployed on this server.", f"Deployed are: {there}.")
         return self._encoders[request.method]
-
-
-def located(entry: Entry, part: str) -> Path:
-    """Where one part of an entry's weights lies."""
-    weight = entry.weights[part]
-    return locate_folder(weight) if isinstance(weight, WeightFolder) else locate(weight)

@@ -6,12 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from deployments.catalog import load_catalog
 from deployments.contracts import Prompts
 from deployments.hardware import TorchSettings, claim
-from deployments.weights import WeightFolder, locate_folder
 
 
 class PromptSettings(TorchSettings):
@@ -31,16 +30,14 @@ class PromptServer:
         catalog = load_catalog()
         entry = catalog.entry(base)
         encoders = catalog.part(entry, "prompts")
-        folder = locate_folder(cast(WeightFolder, entry.weights["pipeline"]))
-        self._encoder: Any = encoders(folder, settings.device, dtype)
+        self._encoder: Any = encoders(entry.located("pipeline"), settings.device, dtype)
         shared = SharedFolder(Path(settings.cache_folder)) if settings.cache_folder else None
         self._cache = PromptCache(self._encoder, memory_bytes=settings.cache_bytes, folder=shared)
 
     def encode(self, texts: Sequence[str], max_length: int) -> Prompts:
         started = time.perf_counter()
         embeds = self._cache.encode(texts, max_length)
-        unread = tuple(self._encoder.unread(text, max_length) for text in texts)
-        return Prompts(embeds, unread, {"prompts": time.perf_counter() - started})
+        return Prompts(embeds, {"prompts": time.perf_counter() - started})
 
     def unread(self, texts: Sequence[str], max_length: int) -> tuple[str, ...]:
         """Of each text the end that is not read."""

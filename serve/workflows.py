@@ -73,7 +73,7 @@ _Body = TypeVar("_Body", bound=BaseModel)
 
 @dataclass(frozen=True, eq=False)
 class _Party:
-    """The people of a request: what the face server answered (None without people), and how many references each has."""
+    """The people of a request: what the face server (None without people) and the identity server will answer."""
 
     people: Any
     identities: Any
@@ -126,8 +126,10 @@ class Workflows:
             raise InvalidRequest("This server writes no files.", "Ask for response_format b64_json.", {"param": "response_format"})
         specs, persons = await asyncio.to_thread(normalise, None, request, self._catalog, self._settings.base, self._presets, self._limits)
         first = specs[0]
+        # The pictures of a request differ in nothing but the seed, and every reference is hashed for it: made once.
+        made = await asyncio.to_thread(recipe, first, persons)
         if request.output_format == "jpeg":  # which may have no room for the recipe: known now, not after the drawing
-            images.parameters_text(await asyncio.to_thread(recipe, specs[-1], persons), request.output_format)
+            images.parameters_text({**made, "seed": specs[-1].seed}, request.output_format)
         party = self._party(first.identities, tuple(persons), request.scores)
         texts = (first.prompt, first.negative_prompt) if first.needs_negative else (first.prompt,)
         unread = self._prompts.unread.remote(texts, first.max_sequence_length)
@@ -139,14 +141,14 @@ class Workflows:
                 drawn = await self._drawn(spec, party.identities, prompts)
                 # What went before the drawing is shared by all pictures of a request.
                 seconds.add(drawn.seconds if spec is first else {stage: drawn.seconds[stage] for stage in ("denoise", "decode")})
-                finishing.append(asyncio.create_task(self._finished(spec, drawn.picture, persons, party, request, seconds)))
+                finishing.append(asyncio.create_task(self._finished(drawn.picture, {**made, "seed": spec.seed}, party, request, seconds)))
             items = await asyncio.gather(*finishing)
         except BaseException:
             for task in finishing:
                 task.cancel()
             raise
         seconds.add({"total": time.perf_counter() - started})
-        return self._answer(specs, persons, request, items, seconds.spent, await unread)
+        return self._answer(first, made, request, items, seconds.spent, await unread)
 
     async def analyze(self, body: Mapping[str, Any]) -> AnalyzeResponse:
         """Every face of a picture."""
@@ -233,26 +235,25 @@ class Workflows:
 
     async def _finished(
         self,
-        spec: GenerationSpec,
         picture: RGB,
-        persons: list[PersonPictures],
+        made: Mapping[str, Any],
         party: _Party,
         request: GenerateRequest,
         seconds: _Seconds,
     ) -> ImageItem:
-        """Scored and encoded, while the next picture is being drawn."""
+        """Scored and encoded with its recipe inside, while the next picture is being drawn."""
         started = time.perf_counter()
         likenesses = await self._faces.scores.remote(picture, party.people) if party.people is not None and request.scores else ()
         scored = time.perf_counter()
-        content = await asyncio.to_thread(images.encode, picture, request.output_format, recipe(spec, persons))
+        content = await asyncio.to_thread(images.encode, picture, request.output_format, made)
         seconds.add({"scores": scored - started, "encode": time.perf_counter() - scored})
         where = await asyncio.to_thread(self._kept, content, request.output_format) if request.response_format == "file" else None
         return ImageItem(
             b64_json=None if where else base64.b64encode(content).decode(),
             path=where,
-            seed=spec.seed,
-            width=spec.width,
-            height=spec.height,
+            seed=made["seed"],
+            width=made["width"],
+            height=made["height"],
             format=request.output_format,
             scores=[score for person, likeness in enumerate(likenesses) for score in _scores(person, likeness)],
         )
@@ -272,26 +273,26 @@ class Workflows:
 
     def _answer(
         self,
-        specs: Sequence[GenerationSpec],
-        persons: list[PersonPictures],
+        spec: GenerationSpec,
+        made: dict[str, Any],
         request: GenerateRequest,
         items: list[ImageItem],
         seconds: Mapping[str, float],
         unread: Sequence[str],
     ) -> GenerateResponse:
-        entries = self._used(specs[0], request.scores and bool(persons))
+        entries = self._used(spec, request.scores and bool(spec.identities))
         names = ("prompt", "negative_prompt")
         return GenerateResponse(
             created=int(time.time()),
-            model=specs[0].base,
+            model=spec.base,
             data=items,
             timings={stage: round(value, 4) for stage, value in seconds.items()},
             models=[entry.id for entry in entries],
             licences=[LicenceInfo.of(entry) for entry in entries],
-            request=recipe(specs[0], persons),
+            request=made,
             warnings=[
                 *(f"The end of `{name}` was not read: {rest!r}." for name, rest in zip(names, unread, strict=False) if rest),
-                *(["`negative_prompt` has no effect while `true_cfg_scale` is 1."] if _unheard(specs[0]) else []),
+                *(["`negative_prompt` has no effect while `true_cfg_scale` is 1."] if _unheard(spec) else []),
             ],
         )
 

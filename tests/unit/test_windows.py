@@ -89,4 +89,7 @@ def test_a_window_without_a_step_is_refused_by_the_person_that_has_it(catalog: C
     ],
 )
 def test_a_window_with_one_step_and_one_for_what_is_off_are_fine(catalog: Catalog, said: dict[str, Any]) -> None:
-    asked(catalog, "flux-pulid", {**BODY, **said})
+    spec, _ = asked(catalog, "flux-pulid", {**BODY, **said})
+    (identity,) = spec.identities
+    assert (identity.end, spec.true_cfg_start) == (said.get("end", 1.0), said.get("true_cfg_start", 0.0))
+    assert identity.start == said["start"] if "start" in said else identity.start < identity.end

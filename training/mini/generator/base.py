@@ -51,16 +51,16 @@ class Batch:
     weights: Tensor
 
 
-def draw_batch(bank: Bank, n: int, times: Tensor | None = None) -> Batch:
+def draw_batch(bank: Bank, n: int) -> Batch:
     index = bank.draw(n)
-    return batch_of(bank.latents[index].float(), bank.boxes[index], index, times)
+    return batch_of(bank.latents[index].float(), bank.boxes[index], index)
 
 
-def batch_of(latents: Tensor, boxes: Tensor, index: Tensor, times: Tensor | None = None) -> Batch:
-    """latents: [n, 16, h, w], normalised; boxes: [n, 4]; times: [n], drawn if None."""
+def batch_of(latents: Tensor, boxes: Tensor, index: Tensor) -> Batch:
+    """latents: [n, 16, h, w], normalised; boxes: [n, 4]."""
     clean = pack(latents)
     noise = torch.randn_like(clean)
-    t = sample_times(len(clean), clean.device) if times is None else times
+    t = sample_times(len(clean), clean.device)
     return Batch(index, clean, noise, noised(clean, noise, t), t, face_weights(boxes, *latents.shape[2:]))
 
 
