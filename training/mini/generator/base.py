@@ -18,7 +18,7 @@ from training.mini.flux_folder import flux_config
 from training.mini.generator import autoencoder
 from training.mini.generator.bank import Bank
 from training.mini.generator.context import Context
-from training.mini.generator.flow import face_weights, flow_loss, noised, pack, sample_times
+from training.mini.generator.flow import FACE_EMPHASIS, face_weights, flow_loss, noised, pack, sample_times
 from training.mini.generator.forward import Prompt, TrainableFlux, initialise
 from training.mini.generator.text import TEXT_TOKENS, TextEncoders, empty_caption
 from training.mini.optimise import Losses, Outcome, Recipe, optimise
@@ -51,17 +51,18 @@ class Batch:
     weights: Tensor
 
 
-def draw_batch(bank: Bank, n: int) -> Batch:
+def draw_batch(bank: Bank, n: int, emphasis: float = FACE_EMPHASIS) -> Batch:
     index = bank.draw(n)
-    return batch_of(bank.latents[index].float(), bank.boxes[index], index)
+    return batch_of(bank.latents[index].float(), bank.boxes[index], index, emphasis)
 
 
-def batch_of(latents: Tensor, boxes: Tensor, index: Tensor) -> Batch:
-    """latents: [n, 16, h, w], normalised; boxes: [n, 4]."""
+def batch_of(latents: Tensor, boxes: Tensor, index: Tensor, emphasis: float = FACE_EMPHASIS) -> Batch:
+    """latents: [n, 16, h, w], normalised; boxes: [n, 4]; emphasis: weight of a face's tokens in the loss."""
     clean = pack(latents)
+    height, width = latents.shape[2:]
     noise = torch.randn_like(clean)
     t = sample_times(len(clean), clean.device)
-    return Batch(index, clean, noise, noised(clean, noise, t), t, face_weights(boxes, *latents.shape[2:]))
+    return Batch(index, clean, noise, noised(clean, noise, t), t, face_weights(boxes, height, width, emphasis))
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -105,7 +106,7 @@ def train_guidance(context: Context, recipe: Recipe) -> Outcome:
     def loss(progress: float) -> Losses:
         batch = draw_batch(bank, n)
         tokens = bank.captions.pick(batch.index)
-        guidance = _guidance_scales(n, device)
+        guidance = guidance_scales(n, device)
         with mixed_precision(device):
             with torch.no_grad():
                 target = _guided(guide, teacher.text(tokens), teacher.text(empty_caption().to(device).expand(n)), batch, guidance)
@@ -118,7 +119,7 @@ def train_guidance(context: Context, recipe: Recipe) -> Outcome:
     return outcome
 
 
-def _guidance_scales(n: int, device: torch.device) -> Tensor:
+def guidance_scales(n: int, device: torch.device) -> Tensor:
     """[n] in 1..5, a quarter of them exactly 1 (the unguided flow must survive: adapters are trained on it)."""
     scales = 1 + (_STRONGEST_GUIDANCE - 1) * torch.rand(n, device=device)
     return torch.where(torch.rand(n, device=device) < _UNGUIDED_SHARE, torch.ones_like(scales), scales)

@@ -13,6 +13,10 @@ TIME_SHIFT = 2.0
 """Shift of the training times and of the scheduler: 576 tokens lie between SD3's 256-px (1.0) and 1024-px (3.0) settings."""
 
 
+FACE_EMPHASIS = 3.0
+"""Weight of a token in the face. Eyes cover few tokens; unweighted, the sky outvotes them."""
+
+
 def pack(latents: Tensor) -> Tensor:
     """[n, c, h, w] -> [n, h/2 * w/2, 4c], in the order of diffusers' FluxPipeline._pack_latents."""
     n, c, h, w = latents.shape
@@ -59,7 +63,7 @@ def flow_loss(velocity: Tensor, clean: Tensor, noise: Tensor, token_weights: Ten
     return error.mean() if token_weights is None else (error.mean(-1) * token_weights).mean()
 
 
-def face_weights(boxes: Tensor, height: int, width: int, emphasis: float = 3.0) -> Tensor:
+def face_weights(boxes: Tensor, height: int, width: int, emphasis: float = FACE_EMPHASIS) -> Tensor:
     """[n, tokens]: `emphasis` on tokens whose centre lies in the face box, 1 elsewhere, normalised to a mean of 1 per picture.
 
     boxes: [n, 4] x0, y0, x1, y1 in picture coordinates -1..1. Eyes cover few tokens; unweighted, the sky outvotes them.

@@ -7,6 +7,8 @@ holds the face, and any adapter scores well.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -29,6 +31,10 @@ _GUIDANCE = 1.0, 4.0
 _FACE_WEIGHT = 0.2
 """Of the detector's doubt that there is a face at all. Where faceless pictures cost nothing, the generator learns to draw those."""
 _TINT = 0.06
+_LEARNING_STEPS = 3
+"""Steps at the end through which gradients run (DRaFT-K of the paper). The first ones lay out the picture, which is not a face's to say."""
+_HEAD_REACH = 3.4
+"""Half the side of the square around a head, in distances from the eyes to the mouth: hair included."""
 
 
 class IdentityLoss:
@@ -38,9 +44,13 @@ class IdentityLoss:
         each = F.normalize(bank.references.embedding.float(), dim=-1).view(bank.per_person, bank.people, -1)
         self.centroids = F.normalize(each.mean(0), dim=-1)
 
-    def __call__(self, index: Tensor, velocity: Velocity) -> tuple[Tensor, Tensor]:
-        """(loss, mean cosine) of pictures of the indexed people [n], drawn by velocity(noisy, times [n], guidance [n])."""
-        picture = autoencoder.decode(self.vae, drawn(velocity, len(index), index.device)).float()
+    def __call__(self, index: Tensor, velocity: Velocity, unconditioned: Velocity) -> Judged:
+        """Of pictures of the indexed people [n], drawn by velocity, beside those that `unconditioned` draws of the same noise."""
+        plan = Drawing.random(len(index), index.device)
+        latents = plan.by(velocity)
+        with torch.no_grad():
+            anyone = plan.by(unconditioned)
+        picture = autoencoder.decode(self.vae, latents).float()
         points, evidence = clearest_face(self.detector, picture)
         # The crop wavers and is damaged a little, so that no pattern in fixed pixels can please the recogniser.
         face = crop(picture, arcface_grid(unsure(points.detach(), DETECTION_ERROR), REFERENCE_SIZE_PX))
@@ -48,17 +58,52 @@ class IdentityLoss:
         with mixed_precision(picture.device):
             found = self.recogniser(face)
         cosine = (F.normalize(found.float(), dim=-1) * self.centroids[self.bank.person(index)]).sum(-1)
-        return (1 - cosine).mean() + _FACE_WEIGHT * F.softplus(-evidence).mean(), cosine.detach().mean()
+        elsewhere = 1 - _head(points.detach(), latents.shape[-1])
+        strayed = ((latents - anyone) ** 2 * elsewhere[:, None]).mean()
+        return Judged((1 - cosine).mean() + _FACE_WEIGHT * F.softplus(-evidence).mean(), strayed, cosine.detach().mean())
 
 
-def drawn(velocity: Velocity, n: int, device: torch.device) -> Tensor:
-    """Normalised latents [n, 16, h, w] by Euler's method in a random number of steps, at random guidance, from noise."""
-    steps = int(torch.randint(_STEPS[0], _STEPS[1] + 1, ()))
-    sigmas = shifted(torch.linspace(1, 0, steps + 1)).tolist()
-    weakest, strongest = _GUIDANCE
-    guidance = weakest + (strongest - weakest) * torch.rand(n, device=device)
-    side = autoencoder.LATENT_SIZE
-    x = torch.randn(n, (side // 2) ** 2, flux_config()["in_channels"], device=device)
-    for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x = x + (following - now) * velocity(x, torch.full((n,), now, device=device), guidance).float()
-    return unpack(x, side, side)
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """loss: of the recogniser, and of the detector's doubt; strayed: mean square by which latents changed outside the head, PuLID's
+    alignment (section 3.2: an identity should change the face and leave the rest); cosine: mean, for the report."""
+
+    loss: Tensor
+    strayed: Tensor
+    cosine: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """noise: [n, tokens, 64]; guidance: [n]; sigmas: from 1 to 0."""
+
+    noise: Tensor
+    guidance: Tensor
+    sigmas: list[float]
+
+    @classmethod
+    def random(cls, n: int, device: torch.device) -> Drawing:
+        steps = int(torch.randint(_STEPS[0], _STEPS[1] + 1, ()))
+        weakest, strongest = _GUIDANCE
+        guidance = weakest + (strongest - weakest) * torch.rand(n, device=device)
+        noise = torch.randn(n, (autoencoder.LATENT_SIZE // 2) ** 2, flux_config()["in_channels"], device=device)
+        return cls(noise, guidance, shifted(torch.linspace(1, 0, steps + 1)).tolist())
+
+    def by(self, velocity: Velocity) -> Tensor:
+        """Normalised latents [n, 16, h, w] by Euler's method, with gradients through the last steps."""
+        x = self.noise
+        steps = len(self.sigmas) - 1
+        for step, (now, following) in enumerate(zip(self.sigmas[:-1], self.sigmas[1:], strict=True)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= steps - _LEARNING_STEPS):
+                x = x + (following - now) * velocity(x, torch.full_like(self.guidance, now), self.guidance).float()
+        return unpack(x, autoencoder.LATENT_SIZE, autoencoder.LATENT_SIZE)
+
+
+def _head(points: Tensor, side: int) -> Tensor:
+    """[n, side, side]: 1 within the head and its hair, around the five points [n, 5, 2] in picture coordinates."""
+    eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)
+    centre, reach = (eyes + mouth) / 2, _HEAD_REACH * (mouth - eyes).norm(dim=-1)
+    at = (torch.arange(side, device=points.device) + 0.5) / side * 2 - 1
+    near = (at - centre[..., None]).abs() < reach[:, None, None]  # [n, 2, side]
+    inside: Tensor = near[:, 1, :, None] & near[:, 0, None, :]
+    return inside.float()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from training.mini.generator import autoencoder, base
 from training.mini.generator.bank import References
 from training.mini.generator.context import Context
-from training.mini.generator.flow import flow_loss
+from training.mini.generator.flow import FACE_EMPHASIS
 from training.mini.generator.forward import TrainableFlux
-from training.mini.generator.identity_loss import IdentityLoss
+from training.mini.generator.identity_loss import IdentityLoss, Judged
 from training.mini.generator.text import TEXT_TOKENS
 from training.mini.optimise import Losses, Outcome, Recipe, optimise
 
@@ -30,11 +30,20 @@ _UNCONDITIONAL = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the recogniser's verdict counts. weight: beside the flow's loss; begins: progress before which the adapter learns from the
-    flow alone. An adapter that reaches into every block finds patterns that please the recogniser and are no face, if it may."""
+    """How the losses count against one another.
+
+    weight: of the recogniser's verdict, beside the flow's loss. alignment: of what changed outside the head; without it an adapter
+    that reaches into every block finds patterns that please the recogniser and are no face. begins: progress before which the adapter
+    learns from the flow alone, where it begins from nothing. guidance: how many times over what a person adds to the prompt is
+    learnt (see `flow` below); emphasis: of a face's tokens in the flow's loss; pictures: of one step of it.
+    """
 
     weight: float = 0.5
+    alignment: float = 0.25
     begins: float = 0.04
+    guidance: float = 1.0
+    emphasis: float = FACE_EMPHASIS
+    pictures: int = 64
 
 
 def train_adapter(
@@ -50,25 +59,33 @@ def train_adapter(
     device, bank = context.device, context.reference_bank
     references = bank.references
     assert references is not None
-    if context.workspace.has(name):
+    goes_on = context.workspace.has(name)
+    if goes_on:
         module.load_state_dict(context.workspace.load(name, device))
     generator = base.load(context.workspace, device)
     flux = TrainableFlux(generator.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled=device.type == "cuda")
     verdict = IdentityLoss(context.vae, context.recogniser, context.detector, bank)
-    n, faces = (2, 1) if recipe.smoke else (64, 64)
+    n, faces = (2, 1) if recipe.smoke else (counts.pictures, 64)
     unguided, somebody = torch.ones(n, device=device), torch.zeros(faces, dtype=torch.bool, device=device)
 
     def flow() -> Tensor:
-        batch = base.draw_batch(bank, n)
+        """What the person adds to the prompt, several times over: guidance, distilled from the data alone (Meng et al. 2023 take it from a
+        teacher; here the difference between a picture's own velocity and the generator's is right on average)."""
+        batch = base.draw_batch(bank, n, counts.emphasis)
         drop = torch.rand(n, device=device) < _UNCONDITIONAL
+        scales = base.guidance_scales(n, device)
         with base.mixed_precision(device):
             with torch.no_grad():
                 prompt = generator.text(bank.captions.pick(batch.index))
+                plain = flux.velocity(batch.noisy, prompt, batch.times, unguided).float()
+                anyone = flux.velocity(batch.noisy, prompt, batch.times, scales).float()
             attached = attach(references, bank.another(batch.index), drop)
-            velocity = flux.velocity(batch.noisy, prompt, batch.times, unguided, **attached)
-        return flow_loss(velocity, batch.clean, batch.noise, batch.weights)
+            velocity = flux.velocity(batch.noisy, prompt, batch.times, scales, **attached)
+        strength = counts.guidance * (~drop).float()[:, None, None]
+        target = anyone + strength * (batch.noise - batch.clean - plain)
+        return (((velocity.float() - target) ** 2).mean(-1) * batch.weights).mean()
 
-    def identity() -> tuple[Tensor, Tensor]:
+    def identity() -> Judged:
         index = bank.draw(faces)
         with base.mixed_precision(device):
             with torch.no_grad():
@@ -79,14 +96,21 @@ def train_adapter(
             with base.mixed_precision(device):
                 return flux.velocity(noisy, prompt, times, guidance, **attached)
 
-        return verdict(index, velocity)
+        def unconditioned(noisy: Tensor, times: Tensor, guidance: Tensor) -> Tensor:
+            with base.mixed_precision(device):
+                return flux.velocity(noisy, prompt, times, guidance)
+
+        return verdict(index, velocity, unconditioned)
+
+    begins = 0.0 if goes_on or recipe.smoke else counts.begins
 
     def loss(progress: float) -> Losses:
         learnt = flow()
-        if progress < counts.begins and not recipe.smoke:
+        if progress < begins:
             return {"loss": learnt, "flow": learnt.detach()}
-        recognised, cosine = identity()
-        return {"loss": learnt + counts.weight * recognised, "flow": learnt.detach(), "cosine": cosine}
+        judged = identity()
+        whole = learnt + counts.weight * judged.loss + counts.alignment * judged.strayed
+        return {"loss": whole, "flow": learnt.detach(), "cosine": judged.cosine, "strayed": judged.strayed.detach()}
 
     outcome = optimise(name, module, recipe, context.workspace, loss, rounded=rounded)
     context.workspace.save(name, module.state_dict(), halved=True)

@@ -16,8 +16,7 @@ from training.mini.generator.sizes import EVA, PULID
 from training.mini.optimise import Outcome, Recipe
 
 _ROUNDED_FROM = 0.7
-# With the IP-Adapter's weight of 0.5 pictures fell apart (training/mini/REMARKS.md). This lighter one has not been tried yet.
-_COUNTS = Verdict(weight=0.1, begins=0.25)
+_COUNTS = Verdict(weight=1.0, alignment=1.0, begins=0.4, guidance=2.0, emphasis=8.0)
 
 
 class FaceAdapter(nn.Module):
