@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from deployments.contracts import PromptEmbeds
 from deployments.errors import InvalidRequest, MissingWeights
 from deployments.pretrained import load_pretrained
+from deployments.prompts.single_file import open_clip, open_t5
 from deployments.weights import sha256_of
 
 _FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -40,10 +41,12 @@ class FluxPrompts:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         *,
+        files: Mapping[str, Path] | None = None,
         revision: str | None = None,
         torch_threads: int | None = None,
     ) -> None:
-        """revision: what names these weights for ever (default: computed from the content of the files). torch_threads: of the process.
+        """files: single files to read in place of the folder's weights, `text_encoder` and `text_encoder_2`. revision: what names these
+        weights for ever (default: computed from the content of the files). torch_threads: of the process.
 
         Raises MissingWeights, CheckpointMismatch.
         """
@@ -54,13 +57,23 @@ class FluxPrompts:
                 raise MissingWeights(f"{folder} has no folder {name}, as a FLUX pipeline has.", "Fetch the folder again.")
         self._clip_tokens: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._t5_tokens: Any = T5TokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True)
-        self._clip = load_pretrained(CLIPTextModel, folder / "text_encoder", device, dtype, _CLIP_SPARE)
-        self._t5 = load_pretrained(T5EncoderModel, folder / "text_encoder_2", device, dtype, _T5_SPARE)
+        files = files or {}
+        clip, t5 = folder / "text_encoder", folder / "text_encoder_2"
+        self._clip = (
+            open_clip(files["text_encoder"], clip, device, dtype)
+            if "text_encoder" in files
+            else load_pretrained(CLIPTextModel, clip, device, dtype, _CLIP_SPARE)
+        )
+        self._t5 = (
+            open_t5(files["text_encoder_2"], t5, device, dtype)
+            if "text_encoder_2" in files
+            else load_pretrained(T5EncoderModel, t5, device, dtype, _T5_SPARE)
+        )
         self._device = torch.device(device)
         self._lock = Lock()  # a fast tokeniser's padding is set and used in two steps
         self.longest = min(_LONGEST, int(self._t5_tokens.model_max_length))
         # The same weights in another type give other numbers.
-        self.revision = f"{revision if revision is not None else content_of(folder, _FOLDERS)}-{str(dtype).removeprefix('torch.')}"
+        self.revision = f"{revision if revision is not None else _content(folder, files)}-{str(dtype).removeprefix('torch.')}"
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], max_length: int) -> PromptEmbeds:
@@ -104,3 +117,9 @@ def content_of(folder: Path, below: Sequence[str]) -> str:
         stored = path.resolve().name
         digest.update(f"{path.relative_to(folder).as_posix()} {stored if _SHA256.fullmatch(stored) else sha256_of(path)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _content(folder: Path, files: Mapping[str, Path]) -> str:
+    """As `content_of`, and of the single files that stand in for some of them."""
+    own = content_of(folder, _FOLDERS)
+    return "-".join([own, *(sha256_of(files[name])[:16] for name in sorted(files))])

@@ -100,6 +100,16 @@ def places(transformer: FluxTransformer2DModel) -> dict[str, Place]:
     return found
 
 
+def original_places(transformer: FluxTransformer2DModel) -> dict[str, Place]:
+    """Black Forest Labs' name, with its dots -> place: all linear modules of a checkpoint of theirs, each in exactly one place."""
+    sizes = {name: (module.out_features, module.in_features) for name, module in _linears(transformer)}
+    return {
+        name: _place(naming, name, modules, sizes)
+        for naming, name, modules in _names(transformer)
+        if naming == "bfl" and all(module in sizes for module in modules)
+    }
+
+
 def _linears(transformer: FluxTransformer2DModel) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in cast(nn.Module, transformer).named_modules():
         if isinstance(module, nn.Linear):
