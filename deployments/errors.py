@@ -11,12 +11,15 @@ Knows nothing of HTTP, Ray or models: the ingress reads `code` and `status`, the
     │   ├── FaceTooSmall              face_too_small             422
     │   ├── UnknownModel              unknown_model              404
     │   ├── UnsupportedCombination    unsupported_combination    422
+    │   ├── InvalidLora               invalid_lora               422
     │   ├── LoraIncompatible          lora_incompatible          422
+    │   ├── LoraNotFound              lora_not_found             404
     │   └── LicenseRefused            license_refused            403
     ├── QueueFull                     queue_full                 429
     ├── Cancelled                     canceled                   499
     ├── ServerUnreachable             server_unreachable         503
     ├── DeploymentFailed              deployment_failed          503
+    ├── StoreUnavailable              store_unavailable          503
     ├── WeightsError
     │   ├── FetchFailed               fetch_failed               503
     │   ├── MissingWeights            missing_weights            503
@@ -114,11 +117,26 @@ class UnsupportedCombination(RequestRefused):
     code = "unsupported_combination"
 
 
+class InvalidLora(RequestRefused):
+    """The bytes are not a LoRA file that can be opened within the limits."""
+
+    code = "invalid_lora"
+    advice = "Send a whole safetensors file, as the program that trained the LoRA saved it."
+
+
 class LoraIncompatible(RequestRefused):
     """A LoRA does not apply, or does not wholly apply, to this base model."""
 
     code = "lora_incompatible"
     advice = "Use a LoRA that was trained on this base model."
+
+
+class LoraNotFound(RequestRefused):
+    """Whoever asks has no LoRA with this id."""
+
+    code = "lora_not_found"
+    status = 404
+    advice = "Use an id that `GET /v1/loras` lists, or upload the LoRA."
 
 
 class LicenseRefused(RequestRefused):
@@ -160,6 +178,14 @@ class DeploymentFailed(LikenessError):
     code = "deployment_failed"
     status = 503
     advice = "Correct what is named, and start the server again."
+
+
+class StoreUnavailable(LikenessError):
+    """The database or the folder in which the server keeps things cannot be used; the operator has to act."""
+
+    code = "store_unavailable"
+    status = 503
+    advice = "Check that the database answers, that this server is not older than what it holds, and that the disk is not full."
 
 
 class WeightsError(LikenessError):
@@ -204,7 +230,7 @@ class CheckpointMismatch(WeightsError):
 
 
 class ProviderUnavailable(LikenessError):
-    """The hardware or library that a setting asks the face models to run on does not run them here."""
+    """The hardware or library that a setting asks the models to run on does not run them here."""
 
     code = "provider_unavailable"
     status = 503

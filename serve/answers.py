@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from deployments.catalog import Entry
+    from deployments.store.loras import LoraInfo
 
 Verdict = Literal["same", "different", "no_face"]
 
@@ -153,11 +154,24 @@ class WorkflowInfo(_Answer):
     request_schema: dict[str, Any]
 
 
+class CombinationInfo(_Answer):
+    """Whether two things may stand in one request. Each is a method of identity, or loras, controls, image, true_cfg, people, masks."""
+
+    first: str
+    second: str
+    works: bool
+    note: str = Field(description="What is to be known of it; where it does not work, why.")
+    instead: str | None = None
+
+
 class WorkflowsResponse(_Answer):
-    """Every workflow; `methods`: for each base model, the identity methods that fit it, and may be combined."""
+    """Every workflow; `methods`: for each base model, the identity methods that fit it; `controls`: the types of control that are
+    deployed; `combinations`: what goes together on this base model, and what does not."""
 
     workflows: list[WorkflowInfo]
     methods: dict[str, list[str]]
+    controls: list[str] = Field(default_factory=list)
+    combinations: list[CombinationInfo] = Field(default_factory=list)
 
 
 class ModelInfo(_Answer):
@@ -182,3 +196,41 @@ class ModelInfo(_Answer):
 
 class ModelsResponse(_Answer):
     data: list[ModelInfo]
+
+
+class LoraItem(_Answer):
+    """One LoRA of yours. Requests name it by `id`."""
+
+    id: str
+    name: str
+    trigger_word: str | None = Field(default=None, description="What calls it up in a prompt, where anything does.")
+    description: str = ""
+    base: str = Field(description="The base model that it was checked against.")
+    family: str
+    sha256: str = Field(description="Of the file.")
+    bytes: int
+    format: str = Field(description="Whose spelling its keys have: diffusers, kohya, comfyui, ...")
+    keys: int = Field(description="How many the file has; each of them is applied.")
+    rank_low: int
+    rank_high: int
+    error: float = Field(description="Largest relative error of a change that had to be brought to a low rank (LoKr, LoHa); 0 for others.")
+    metadata: dict[str, str] = Field(default_factory=dict, description="What its trainer wrote into the file, without what is long.")
+    created: int = Field(description="Seconds since 1970.")
+
+    @classmethod
+    def of(cls, info: LoraInfo) -> LoraItem:
+        own = {name: getattr(info, name) for name in cls.model_fields if name != "created"}
+        return cls(**own, created=int(info.created_at.timestamp()))
+
+
+class LorasResponse(_Answer):
+    """Your LoRAs, the newest first."""
+
+    data: list[LoraItem]
+
+
+class LoraDeleted(_Answer):
+    """It is gone, and so is its file unless somebody else uploaded the same."""
+
+    id: str
+    deleted: Literal[True] = True

@@ -1,0 +1,195 @@
+"""`/v1/loras`: routes over anything that answers `LoraCalls`, and the body of an upload. Knows neither Ray nor what a LoRA is.
+
+An upload is a form with a file, or JSON with the file as base64. Its size is counted while it is read, whatever its headers say.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Protocol
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
+
+from deployments.errors import InvalidRequest
+from deployments.store.loras import LoraInfo
+from deployments.store.settings import EVERYBODY
+from serve.answers import LoraDeleted, LoraItem, LorasResponse
+from serve.problem import MEDIA_TYPE, Problem, invalid
+
+_PATH, _ONE = "/v1/loras", "/v1/loras/{id}"
+_MULTIPART = "multipart/form-data"
+# What a form or JSON has around the file: three short texts and their names.
+_AROUND_BYTES = 64 * 2**10
+_GONE: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": "You have no such LoRA."}}
+_BAD: dict[int | str, dict[str, Any]] = {
+    422: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": "No LoRA, or one for another model; `detail` names the keys."}
+}
+
+
+class LoraCalls(Protocol):
+    """What the routes need; the methods of `deployments.lora_server.LoraServer`."""
+
+    async def add(self, content: bytes, name: str, owner: str, trigger_word: str | None, description: str) -> LoraInfo: ...
+    async def list(self, owner: str) -> Sequence[LoraInfo]: ...
+    async def get(self, id: str, owner: str) -> LoraInfo: ...
+    async def delete(self, id: str, owner: str) -> str: ...
+
+
+def _everybody(request: Request) -> str:
+    return EVERYBODY
+
+
+def add_lora_routes(app: FastAPI, calls: LoraCalls, max_bytes: int, owner_of: Callable[[Request], str] = _everybody) -> None:
+    """max_bytes: of a LoRA's file; of more, no more is read. owner_of: whose request it is; raises where nobody's."""
+
+    async def add(request: Request, response: Response) -> LoraItem:
+        """Keep a LoRA. All of it is read and fitted to the base model first: what would not wholly apply is refused."""
+        owner = owner_of(request)
+        upload = await _upload(request, max_bytes)
+        info = await calls.add(upload.file, upload.name, owner, upload.trigger_word, upload.description)
+        response.headers["location"] = f"{_PATH}/{info.id}"
+        return LoraItem.of(info)
+
+    async def listed(request: Request) -> LorasResponse:
+        """Your LoRAs, the newest first."""
+        return LorasResponse(data=[LoraItem.of(info) for info in await calls.list(owner_of(request))])
+
+    async def show(id: str, request: Request) -> LoraItem:
+        """One of your LoRAs."""
+        return LoraItem.of(await calls.get(id, owner_of(request)))
+
+    async def delete(id: str, request: Request) -> LoraDeleted:
+        """Delete one of your LoRAs, and its file. What is being drawn with it is finished."""
+        await calls.delete(id, owner_of(request))
+        return LoraDeleted(id=id)
+
+    app.post(_PATH, status_code=201, summary="Keep a LoRA", responses=_BAD, openapi_extra={"requestBody": _documented()})(add)
+    app.get(_PATH, summary="Your LoRAs")(listed)
+    app.get(_ONE, summary="One of your LoRAs", responses=_GONE)(show)
+    app.delete(_ONE, summary="Delete a LoRA", responses=_GONE)(delete)
+
+
+def _decoded(file: object) -> bytes:
+    """Of JSON, base64; of a form, bytes already. InvalidRequest itself: pydantic's error would repeat a gigabyte."""
+    if isinstance(file, bytes):
+        return file
+    wrong = InvalidRequest("`file` is no base64.", "Send the file as base64, or as the file of a form.", {"param": "file"})
+    if not isinstance(file, str):
+        raise wrong
+    try:
+        return base64.b64decode(file, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise wrong from error
+
+
+class LoraUpload(BaseModel):
+    """A LoRA to be kept: a safetensors file, and what is to be known of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: Annotated[bytes, BeforeValidator(_decoded)] = Field(description="The safetensors file; in JSON as base64.")
+    name: str = Field(description="What you call it. In a form, by default the file's name.")
+    trigger_word: str | None = Field(default=None, description="What calls it up in a prompt. By default what the file says, if anything.")
+    description: str = ""
+
+
+def _documented() -> dict[str, Any]:
+    schema = LoraUpload.model_json_schema()
+    as_form = {**schema, "required": ["file"]}
+    return {"required": True, "content": {_MULTIPART: {"schema": as_form}, "application/json": {"schema": schema}}}
+
+
+async def _upload(request: Request, limit: int) -> LoraUpload:
+    """Raises InvalidRequest for a body that is none, or is larger than a file of `limit` bytes makes it."""
+    if request.url.query:
+        raise InvalidRequest("What stands behind the `?` of the address is not read.", "Put every field into the body.")
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    as_form = media == _MULTIPART
+    bound = (limit if as_form else limit * 4 // 3 + 4) + _AROUND_BYTES
+    if (length := request.headers.get("content-length", "")).isdecimal() and len(length) < 19 and int(length) > bound:
+        raise _too_large(limit)
+    counted = Request(request.scope, _counted(request.receive, bound, limit))
+    fields = await _form(counted) if as_form else _json(await counted.body())
+    try:
+        upload = LoraUpload.model_validate(fields)
+    except ValidationError as error:
+        raise invalid(error) from error
+    if len(upload.file) > limit:
+        raise _too_large(limit)
+    return upload
+
+
+def _counted(receive: Receive, bound: int, limit: int) -> Receive:
+    """The same messages, as long as their bodies hold no more than `bound` bytes."""
+    total = 0
+
+    async def counting() -> Message:
+        nonlocal total
+        message = await receive()
+        total += len(message.get("body", b""))
+        if total > bound:
+            raise _too_large(limit)
+        return message
+
+    return counting
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    try:
+        async with request.form(max_files=1, max_fields=8, max_part_size=_AROUND_BYTES) as form:
+            for name, value in form.multi_items():
+                if name in fields:
+                    raise _twice(name)
+                if isinstance(value, UploadFile) != (name == "file"):
+                    raise InvalidRequest(f"{ascii(name[:60])} came as a {'file' if name != 'file' else 'text'}.", "Send `file` as a file.")
+                fields[name] = value
+            file = fields.get("file")
+            if isinstance(file, UploadFile):
+                fields.setdefault("name", _called(file.filename or ""))
+                fields["file"] = await file.read()
+    except HTTPException as error:  # how Starlette refuses one
+        raise InvalidRequest(f"The form cannot be read: {error.detail}", "Send it as a browser or curl -F does.") from error
+    return fields
+
+
+def _called(filename: str) -> str:
+    """Without its folders, of whichever system, and its ending."""
+    return re.split(r"[/\\]", filename)[-1].removesuffix(".safetensors")
+
+
+def _json(content: bytes) -> dict[str, Any]:
+    remedy = "Send JSON with `file` (base64) and `name`, or a form with the file."
+    try:
+        fields = json.loads(content, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("The body is no JSON.", remedy) from error
+    if not isinstance(fields, dict):
+        raise InvalidRequest("The body is not a JSON object.", remedy)
+    return fields
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Of a name given twice the last would count, in silence."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise _twice(name)
+        fields[name] = value
+    return fields
+
+
+def _twice(name: str) -> InvalidRequest:
+    return InvalidRequest(f"The field {ascii(name[:60])} is given twice.", "Give it once.")
+
+
+def _too_large(limit: int) -> InvalidRequest:
+    return InvalidRequest(f"The file is larger than {limit} bytes.", "Send a LoRA of a lower rank, or in half precision.")

@@ -1,0 +1,109 @@
+"""Databases to keep things in: a file of SQLite, and a true PostgreSQL where its programs are installed. And who works on them at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from deployments.store.loras import LoraFile, LoraStore, labelled
+from deployments.store.migrate import migrate
+
+FILE = LoraFile(
+    base="flux1-mini", family="flux1", format="kohya", keys=3, rank_low=4, rank_high=8, error=0.0, metadata={"ss_tag": "a", "null": "\0"}
+)
+SECONDS = 60
+
+
+def add(store: LoraStore, content: bytes, owner: str = "ada", name: str = "hers") -> str:
+    with store.arriving(content) as arrival:
+        return store.keep(arrival, owner, labelled(name), FILE).id
+
+
+def at_once(work: Callable[..., None], *arguments: tuple[Any, ...]) -> None:
+    """One process for each tuple of arguments, all of them started before the first begins to work."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(len(arguments))
+    processes = [context.Process(target=_after, args=(barrier, work, given)) for given in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(SECONDS)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def _after(barrier: Any, work: Callable[..., None], given: tuple[Any, ...]) -> None:
+    barrier.wait(SECONDS)
+    work(*given)
+
+
+def migrate_here(url: str) -> None:
+    migrate(url)
+
+
+def add_and_delete(url: str, folder: Path, content: bytes, owner: str, rounds: int) -> None:
+    """Whatever the others do: as long as this one's row is there, so is its file, whole."""
+    store = LoraStore(url, folder)
+    for _ in range(rounds):
+        id = add(store, content, owner)
+        assert store.path(store.get(id, owner).sha256).read_bytes() == content
+        store.delete(id, owner)
+    store.close()
+
+
+def add_here(url: str, folder: Path, content: bytes, owner: str) -> None:
+    store = LoraStore(url, folder)
+    add(store, content, owner)
+    store.close()
+
+
+@contextmanager
+def postgres() -> Iterator[str | None]:
+    """The URL of a fresh server over a socket of its own, or None where PostgreSQL or the driver is not installed."""
+    programs = _programs()
+    if programs is None:
+        yield None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="likeness-postgres-"))
+    # PostgreSQL refuses to run as root.
+    user = "nobody" if os.geteuid() == 0 else None
+    if user is not None:
+        shutil.chown(folder, user)
+    data, port = folder / "data", _free_port()
+    quiet: dict[str, Any] = {"user": user, "check": True, "capture_output": True, "cwd": folder}
+    try:
+        subprocess.run([programs / "initdb", "-D", data, "-U", "ada", "-A", "trust", "-E", "UTF8", "--no-sync"], **quiet)
+        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories= -c fsync=off"
+        subprocess.run([programs / "pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start"], **quiet)
+        try:
+            yield f"postgresql://ada@127.0.0.1:{port}/postgres"
+        finally:
+            subprocess.run([programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"], **quiet)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _programs() -> Path | None:
+    try:
+        import psycopg  # noqa: F401
+    except ImportError:
+        return None
+    found = shutil.which("initdb")
+    # Debian keeps them out of the path, by version.
+    places = [str(Path(found).resolve())] if found else sorted(glob("/usr/lib/postgresql/*/bin/initdb"))
+    return Path(places[-1]).parent if places else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
