@@ -7,6 +7,7 @@ edits that make this one of it. Knows no request, no prompt and no model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,13 +26,18 @@ POSES_PATH = CATALOG_PATH.parent / "poses"
 AUTO = "auto"
 """The name that asks for the framing's own pose."""
 
+_SHOWN = 80
+
 Figure = Literal["human", "character-world"]
 Point = tuple[float, float]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# Far enough outside of a picture, and no number beyond which arithmetic fails.
+Coordinate = Annotated[float, Field(ge=-10, le=10)]
+_NARROWEST = 0.01
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Joints(_Record):
@@ -57,9 +63,9 @@ class ArmEdit(_Record):
     """As skeleton.arm_at: degrees from hanging, outwards."""
 
     arm: Side
-    angle: float
-    bend: float | None = None
-    reach: float = Field(1.0, gt=0)
+    angle: float = Field(ge=-360, le=360)
+    bend: float | None = Field(None, ge=-360, le=360)
+    reach: float = Field(1.0, gt=0, le=10)
 
     def of(self, skeleton: Skeleton) -> Skeleton:
         return arm_at(skeleton, self.arm, self.angle, self.bend, self.reach)
@@ -77,16 +83,21 @@ class HeadRoomEdit(_Record):
 class CropEdit(_Record):
     """As skeleton.cropped: left, top, right, bottom in 0..1 of the picture."""
 
-    crop: tuple[float, float, float, float]
+    crop: tuple[Coordinate, Coordinate, Coordinate, Coordinate]
 
     def of(self, skeleton: Skeleton) -> Skeleton:
-        return cropped(skeleton, *self.crop)
+        x0, y0, x1, y1 = self.crop
+        if min(x1 - x0, y1 - y0) < _NARROWEST:
+            raise InvalidRequest(
+                f"The rectangle {list(self.crop)} has no inside.", f"Give left, top, right and bottom, at least {_NARROWEST} apart."
+            )
+        return cropped(skeleton, x0, y0, x1, y1)
 
 
 class MoveEdit(_Record):
     """Joints shifted by so much of the picture's width and height."""
 
-    move: dict[str, Point]
+    move: dict[str, tuple[Coordinate, Coordinate]]
 
     def of(self, skeleton: Skeleton) -> Skeleton:
         return skeleton.shifted(self.move)
@@ -102,6 +113,26 @@ class MirrorEdit(_Record):
 
 
 Edit = ArmEdit | HeadRoomEdit | CropEdit | MoveEdit | MirrorEdit
+_EDITS: Mapping[str, type[Edit]] = {"arm": ArmEdit, "head_room": HeadRoomEdit, "crop": CropEdit, "move": MoveEdit, "mirror": MirrorEdit}
+
+
+def edit_of(text: str) -> Edit:
+    """The edit that a JSON object says in the words of the pose files: `{"arm": "left", "angle": 160}`, `{"head_room": 0.18}`.
+
+    Raises InvalidRequest, which names what is wrong with it.
+    """
+    try:
+        fields = json.loads(text)
+        (kind,) = [kind for word, kind in _EDITS.items() if word in fields]
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or kind.__name__
+        raise InvalidRequest(f"The edit {text[:_SHOWN]} of a pose: {place}: {first['msg']}.") from error
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(
+            f"{text[:_SHOWN]!r} is no edit of a pose.", f"Give an object with one of {', '.join(_EDITS)}, as the pose files have them."
+        ) from error
 
 
 class Pose(_Record):

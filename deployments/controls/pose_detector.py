@@ -1,6 +1,6 @@
 """People's joints found in a picture: what every detector is to its caller, and the one for networks that answer with heatmaps.
 
-Networks come as opened sessions (faces/sessions.py opens them; the servers know both folders). Knows no request and draws nothing.
+Networks come as opened sessions (deployments/sessions.py). Knows no request and draws nothing.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class HeatmapDetector:
     Knows one person a picture: of a group it finds whom it likes.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, model: Session) -> None:
         """Raises DamagedWeights if the network's outside is another."""
-        entrance, exit_ = session.get_inputs()[0], session.get_outputs()[0]
+        entrance, exit_ = model.get_inputs()[0], model.get_outputs()[0]
         *_, height, width = entrance.shape
         if not (isinstance(height, int) and height == width and len(exit_.shape) == 4 and exit_.shape[1] == len(JOINTS)):
             raise DamagedWeights(
@@ -70,7 +70,7 @@ class HeatmapDetector:
                 f"and {exit_.shape}.",
                 "Use the model that the catalogue names.",
             )
-        self._session, self._input, self._output, self._side = session, entrance.name, exit_.name, height
+        self._session, self._input, self._output, self._side = model, entrance.name, exit_.name, height
 
     def detect(self, picture: RGB) -> tuple[Skeleton, ...]:
         """See PoseDetector: here one person or none."""

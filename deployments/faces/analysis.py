@@ -23,8 +23,8 @@ from deployments.faces.alignment import ffhq_crop, reduced, usable
 from deployments.faces.choice import Reference, alone, choose, side_lengths
 from deployments.faces.comparison import Likeness, likenesses
 from deployments.faces.parsing import FaceParser
-from deployments.faces.sessions import UNREADABLE, Provider, require, require_file, session_arguments
 from deployments.images import DEFAULT_LIMITS, Limits, decode, pixels_of
+from deployments.sessions import UNREADABLE, Provider, require, require_file, session_arguments
 
 _TASKS = ("detection", "recognition", "genderage")
 _SCORE_FROM = 0.5  # FaceAnalysis.prepare's own default

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deployments.contracts import RGB
 from deployments.errors import DamagedWeights
-from deployments.faces.sessions import Provider, open_session
+from deployments.sessions import Provider, open_session
 
 CLASSES: Final = 19
 # facexlib feeds its BiSeNet as torchvision's models are fed: ImageNet's mean and deviation, RGB.

@@ -25,8 +25,8 @@ from deployments.controls.pose_detector import HeatmapDetector, people_of
 from deployments.controls.skeleton import JOINTS, Skeleton
 from deployments.controls.skeleton_picture import draw, is_drawn
 from deployments.errors import DamagedWeights, InvalidImage
-from deployments.faces.sessions import open_session
 from deployments.images import decode, encode
+from deployments.sessions import open_session
 from deployments.weights import models_root
 from training.mini.heldout import held_out_people
 from training.mini.world.backgrounds import paint_background

@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from deployments import sessions
 from deployments.catalog import CATALOG_PATH, load_catalog
 from deployments.contracts import RGB, Face, FaceIndex, Need, Person, PersonPictures, PictureFaces
 from deployments.errors import (
@@ -27,7 +28,6 @@ from deployments.errors import (
     NoFaceDetected,
     ProviderUnavailable,
 )
-from deployments.faces import sessions
 from deployments.faces.alignment import FFHQ_TEMPLATE, ffhq_crop, reduced, usable
 from deployments.faces.analysis import FaceAnalyser
 from deployments.faces.choice import Reference, alone, choose

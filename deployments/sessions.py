@@ -37,7 +37,7 @@ def session_arguments(provider: Provider, threads: int) -> dict[str, Any]:
     name = _NAMES[provider]
     built = onnxruntime.get_available_providers()
     if name not in built:
-        raise ProviderUnavailable(f"The face models are to run on {provider}, but this onnxruntime has only {', '.join(built)}.")
+        raise ProviderUnavailable(f"The ONNX models are to run on {provider}, but this onnxruntime has only {', '.join(built)}.")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = _WARNINGS_AND_WORSE
@@ -67,4 +67,4 @@ def open_session(path: Path, provider: Provider, threads: int) -> Any:
 
 def require_file(path: Path) -> None:
     if not path.is_file():
-        raise MissingWeights(f"The face model {path} is not there.", "Fetch it, or correct the catalogue's entry.")
+        raise MissingWeights(f"The ONNX model {path} is not there.", "Fetch it, or correct the catalogue's entry.")
