@@ -145,12 +145,36 @@ def _xlabs(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -
         return XLabs(config_of(shapes, "The file")).state_dict()
 
 
+def _instantx(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
+    import torch
+
+    from deployments.identity.instantx_ip_adapter import InstantX, config_of
+
+    with torch.device("meta"):
+        return InstantX(config_of(shapes, "The file")).state_dict()
+
+
+def _redux(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
+    import torch
+
+    from deployments.identity.redux import ReduxProjection, config_of
+
+    with torch.device("meta"):
+        return ReduxProjection(config_of(shapes, "The file")).state_dict()
+
+
 # (how the family begins, part) -> what its tensors are to be. Other safetensors files are checked for being whole.
 _MODULES: Mapping[tuple[str, str], Callable[[Mapping[str, str], Mapping[str, tuple[int, ...]]], Mapping[str, Any]]] = {
     ("pulid", "adapter"): _pulid,
     ("pulid", "image_encoder"): _eva,
     ("xlabs-ip-adapter-v2", "adapter"): _xlabs,
+    ("instantx-ip-adapter", "adapter"): _instantx,
+    ("redux", "adapter"): _redux,
 }
+# Published whole, as a class of transformers; what an adapter looks through is the vision tower.
+_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
+# How the names of the rest begin, which the tower leaves over.
+_SPARE = ("text_model.", "logit_scale", "logit_bias", "text_projection")
 
 
 def _configured(folder: Path) -> int:
@@ -159,8 +183,7 @@ def _configured(folder: Path) -> int:
     if "_class_name" in config:
         return _component(folder, "diffusers", config["_class_name"])
     named = (config.get("architectures") or ["?"])[0]
-    # A whole CLIP is published; of it the vision tower is what an adapter looks through.
-    return _component(folder, "transformers", "CLIPVisionModelWithProjection" if named == "CLIPModel" else named)
+    return _component(folder, "transformers", _TOWERS.get(named, named))
 
 
 def _component(folder: Path, library: str, name: str) -> int:
@@ -197,7 +220,7 @@ def _of_transformers(folder: Path, name: str) -> int:
         model, report = kind.from_pretrained(folder, device_map="meta", output_loading_info=True, local_files_only=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointMismatch(f"{folder} does not fit a {name}: {error}") from error
-    spare = ("text_model.", "logit_scale", "text_projection") if name == "CLIPVisionModelWithProjection" else ()
+    spare = _SPARE if name in _TOWERS.values() else ()
     misfits = {
         "missing": sorted(report["missing_keys"]),
         "left_over": sorted(key for key in report["unexpected_keys"] if not (spare and key.startswith(spare))),

@@ -8,8 +8,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 from deployments.catalog import load_catalog
-from deployments.contracts import Identities, IdentityRequest, People
-from deployments.errors import UnsupportedCombination
+from deployments.contracts import Identities, IdentityRequest, IdentityTokens, People, Person
+from deployments.errors import InvalidRequest, UnsupportedCombination
 from deployments.hardware import TorchSettings, claim
 
 if TYPE_CHECKING:
@@ -31,14 +31,26 @@ class IdentityServer:
         self._turn = Lock()
 
     def encode(self, people: People, requests: Sequence[IdentityRequest]) -> Identities:
-        """Tokens of person k for request k. Raises UnsupportedCombination for a method that is not deployed here."""
+        """Tokens of person k for request k.
+
+        Raises UnsupportedCombination for a method that is not deployed here, InvalidRequest naming a person whose references disagree.
+        """
+        if len(people.persons) != len(requests):
+            raise ValueError(f"{len(people.persons)} people came for {len(requests)} requests; give one for each.")
         started = time.perf_counter()
         with self._turn:
-            tokens = tuple(self._encoder(request).encode(person) for person, request in zip(people.persons, requests, strict=True))
+            tokens = tuple(self._encoded(number, people.persons, request) for number, request in enumerate(requests))
         return Identities(tokens, {**people.seconds, "identity": time.perf_counter() - started})
 
     def ready(self) -> bool:
         return True
+
+    def _encoded(self, number: int, persons: Sequence[Person], request: IdentityRequest) -> IdentityTokens:
+        try:
+            return self._encoder(request).encode(persons[number], request)
+        except InvalidRequest as error:
+            whose = f"Person {number}: " if len(persons) > 1 else ""
+            raise InvalidRequest(f"{whose}{error.message}", error.remedy, {**error.details, "person": number}) from error
 
     def _encoder(self, request: IdentityRequest) -> IdentityEncoder:
         if request.method not in self._encoders:

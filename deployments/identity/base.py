@@ -20,7 +20,7 @@ Condition = tuple[Any, ...]
 class IdentityEncoder(Protocol):
     """The encoder half: one for each file of weights, used by one thread at a time."""
 
-    def encode(self, person: Person) -> IdentityTokens:
+    def encode(self, person: Person, request: IdentityRequest) -> IdentityTokens:
         """All reference pictures of a person, as one set of tokens; what nobody would give lies beside them."""
         ...
 
@@ -36,10 +36,11 @@ class IdentityAdapter(Protocol):
         """The item of `joint_attention_kwargs` under which the sum of all conditions travels. Adapters may share one."""
         ...
 
-    def condition(self, tokens: Tensor, request: IdentityRequest) -> Condition:
+    def condition(self, tokens: Tensor, request: IdentityRequest, mask: Tensor | None = None) -> Condition:
         """What the blocks read: keys and values, computed here and once a request, and the request's weight.
 
-        tokens: [1, n, width] of `IdentityTokens`, on any device. Raises InvalidRequest for options that the method does not know.
+        tokens: [1, n, width] of `IdentityTokens`, on any device. mask: what each of the picture's tokens takes of this person, [1, s, 1]
+        in the transformer's type and on its device; None: all. Raises InvalidRequest for options that the method does not know.
         """
         ...
 

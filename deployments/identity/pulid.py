@@ -292,7 +292,7 @@ def load_pulid(path: Path, device: torch.device | str = "cpu", dtype: torch.dtyp
 
 
 class PuLIDTerm(NamedTuple):
-    """One identity as the blocks read it. keys, values: of `PuLID.keys_values`; weight: [] or [n, 1, 1], same device."""
+    """One identity as the blocks read it. keys, values: of `PuLID.keys_values`; weight: [], [n, 1, 1] or [1, s, 1], same device."""
 
     keys: Tensor
     values: Tensor
@@ -328,14 +328,15 @@ class PuLIDInjection:
     def condition(self, tokens: Tensor, weight: Tensor | float = 1.0) -> PuLIDCondition:
         """What to pass as `joint_attention_kwargs["pulid"]`; None there, or nothing, leaves the transformer as it was.
 
-        tokens: [1 or n, tokens, output_dim]. weight: a number, [] or [n]; 0 is exactly the base, without another compiled graph.
+        tokens: [1 or n, tokens, output_dim]. weight: a number, [] or [n], or [1, s, 1] for each of the picture's tokens; 0 is exactly
+        the base, without another compiled graph.
         Conditions of several people are added with `+`. Gradients flow through it into PuLID and the tokens.
         """
         width = self._pulid.config.output_dim
         if tokens.ndim != 3 or tokens.shape[-1] != width:
             raise ValueError(f"Identity tokens are [n, tokens, {width}], not {list(tokens.shape)}; use what PuLID's encoder gives.")
         strength = torch.as_tensor(weight, dtype=tokens.dtype, device=tokens.device)
-        return (PuLIDTerm(*self._pulid.keys_values(tokens), strength.view(-1, 1, 1) if strength.ndim else strength),)
+        return (PuLIDTerm(*self._pulid.keys_values(tokens), strength.view(-1, 1, 1) if strength.ndim == 1 else strength),)
 
     def eject(self) -> None:
         """Leaves the transformer as it was before. Raises ValueError while a cache that was enabled later is in force."""

@@ -50,11 +50,12 @@ class PuLIDAdapter:
         self._device, self._dtype = model.device, model.dtype
         self._injection = inject(transformer, pulid)
 
-    def condition(self, tokens: Tensor, request: IdentityRequest) -> PuLIDCondition:
+    def condition(self, tokens: Tensor, request: IdentityRequest, mask: Tensor | None = None) -> PuLIDCondition:
         """tokens: [1, n, output_dim] of PuLID's encoder. Raises InvalidRequest: PuLID has no options."""
         if request.options:
             raise InvalidRequest(f"PuLID has no option {', '.join(sorted(request.options))}.", "Leave it out.")
-        return self._injection.condition(tokens.to(self._device, self._dtype), request.weight)
+        weight = request.weight if mask is None else request.weight * mask
+        return self._injection.condition(tokens.to(self._device, self._dtype), weight)
 
     def eject(self) -> None:
         """Leaves the transformer as it was. Raises ValueError while a later injection or cache is in force."""

@@ -1,6 +1,6 @@
 """PuLID's encoder half at work: a person's faces -> identity tokens.
 
-Grey aligned face -> EVA tower -> IDFormer, with the recogniser's raw embedding; several references are averaged as tokens. Knows no
+Grey aligned face -> EVA tower -> IDFormer, with the recogniser's raw embedding; several references are blended as tokens. Knows no
 detector and no parser: crop, labels and embedding come with the face. The denoiser half stays on disk.
 
 Where the order of steps was read: ToTheBeginning/PuLID at 1aa2fc7, pulid/pipeline_flux.py, get_id_embedding.
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from deployments.contracts import RGB, Face, Floats, IdentityTokens, Person
+from deployments.contracts import RGB, Face, Floats, IdentityRequest, IdentityTokens, Person
+from deployments.identity.blending import blended, of_one_person
 from deployments.identity.eva_clip import load_eva
 from deployments.identity.pulid import SCALES, IDFormer, PuLID, config_of, eva_pixels, face_to_grey, identity_condition
 from deployments.identity.token_cache import TokenCache, content_key
@@ -50,10 +51,16 @@ class PuLIDEncoder:
         self._cache = TokenCache()
         self._nobody = self._unconditional()
 
-    def encode(self, person: Person) -> IdentityTokens:
-        """[1, queries, width], on the CPU in the encoder's type: the mean over the references. Raises ValueError if a face lacks a need."""
-        tokens = torch.stack([self._tokens(face) for face in person.faces])
-        return IdentityTokens(self._model, tokens.float().mean(0).to(self._dtype), self._nobody)
+    def encode(self, person: Person, request: IdentityRequest) -> IdentityTokens:
+        """[1, queries, width], on the CPU in the encoder's type; blended with `concat`: queries times the references that are used.
+
+        Raises InvalidRequest as `blended` and `of_one_person` do, ValueError if a face lacks a need.
+        """
+        kept, left_out = of_one_person(person)
+        tokens = blended(torch.cat([self._tokens(face) for face in kept.faces]), kept.faces, request.blend)
+        # Attention over nobody twice is attention over nobody.
+        nobody = self._nobody.repeat(1, tokens.shape[1] // self._nobody.shape[1], 1)
+        return IdentityTokens(self._model, tokens, nobody, left_out)
 
     def _tokens(self, face: Face) -> Tensor:
         if face.embedding is None or face.aligned is None or face.labels is None:

@@ -2,7 +2,8 @@
 
 It sees the picture, not the aligned face: hair, clothes and light come along, and so would everybody else on it (which is why a
 Person's pictures show one person each). Several references are averaged as CLIP embeddings, like ApplyAdvancedFluxIPAdapter of
-x-flux-comfyui does. Preprocessing is our own, so that the same picture gives the same tokens whether torchvision is installed or not.
+x-flux-comfyui does, unless the request asks for tokens side by side. Preprocessing is our own, so that the same picture gives the same
+tokens whether torchvision is installed or not.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from deployments.contracts import RGB, Floats, IdentityTokens, Person
+from deployments.contracts import RGB, Floats, IdentityRequest, IdentityTokens, Person
 from deployments.errors import CheckpointMismatch
+from deployments.identity.blending import AVERAGES, blended, of_one_person
 from deployments.identity.token_cache import TokenCache, content_key
 from deployments.identity.xlabs_ip_adapter import load_projection
 from deployments.pretrained import load_pretrained
@@ -32,7 +34,7 @@ _SPARE: Final = ("text_model.", "text_projection.", "logit_scale", "vision_model
 
 
 class XLabsEncoder:
-    """An IdentityEncoder. Faces need nothing beside their boxes."""
+    """An IdentityEncoder. Of a single face it needs the box; of several the `embedding`, too, to see that all are one person's."""
 
     def __init__(
         self,
@@ -62,10 +64,19 @@ class XLabsEncoder:
         nothing = self._encoded(_BLACK, _NO_FACE) if nobody == "black_picture" else torch.zeros(1, reads)
         self._nobody = self._projected(nothing)
 
-    def encode(self, person: Person) -> IdentityTokens:
-        """[1, tokens, width], on the CPU in the encoder's type, of the references' mean embedding; unconditional: see `nobody`."""
-        seen = [self._embedding(picture, face.box) for picture, face in zip(person.pictures, person.faces, strict=True)]
-        return IdentityTokens(self._model, self._projected(torch.stack(seen).float().mean(0)), self._nobody)
+    def encode(self, person: Person, request: IdentityRequest) -> IdentityTokens:
+        """[1, tokens, width], on the CPU in the encoder's type; blended with `concat`: tokens times the references that are used.
+
+        unconditional: see `nobody`. Raises InvalidRequest as `blended` and `of_one_person` do.
+        """
+        kept, left_out = of_one_person(person)
+        seen = torch.stack([self._embedding(picture, face.box) for picture, face in zip(kept.pictures, kept.faces, strict=True)])
+        if request.blend in AVERAGES:
+            tokens = self._projected(blended(seen, kept.faces, request.blend)[0])
+        else:
+            tokens = blended(self._projected(seen[:, 0]), kept.faces, request.blend)
+        nobody = self._nobody.repeat(1, tokens.shape[1] // self._nobody.shape[1], 1)
+        return IdentityTokens(self._model, tokens, nobody, left_out)
 
     def _embedding(self, picture: RGB, box: Floats) -> Tensor:
         """[1, width], not normalised."""

@@ -171,14 +171,14 @@ class XLabsAdapter:
             raise CheckpointMismatch(f"{path} is for (double blocks, width) = {needs}, the transformer has {has}.")
         self._attention = ImageAttention(transformer)
 
-    def condition(self, tokens: Tensor, request: IdentityRequest) -> ImageCondition:
+    def condition(self, tokens: Tensor, request: IdentityRequest, mask: Tensor | None = None) -> ImageCondition:
         """tokens: [1, n, token_dim] of `XLabsProjection.tokens`; several references: their tokens in a row."""
         first = self._reader(0, _KEYS)
         if tokens.ndim != 3 or tokens.shape[-1] != first.in_features:
             raise ValueError(f"The adapter's tokens are [n, tokens, {first.in_features}], not {list(tokens.shape)}.")
         read = tokens.to(first.weight)
         strengths = [request.weight * strength for strength in ramp(request.options, len(self._readers))]
-        return (ImageTerm(self._all(_KEYS, read), self._all(_VALUES, read), read.new_tensor(strengths)),)
+        return (ImageTerm(self._all(_KEYS, read), self._all(_VALUES, read), read.new_tensor(strengths), mask),)
 
     def eject(self) -> None:
         """Puts the stock attention back, unless another adapter reads through it. Raises ValueError when called twice."""

@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from deployments.identity.eva_clip import EvaConfig
+from deployments.identity.instantx_ip_adapter import InstantXConfig
 from deployments.identity.pulid import SCALES, PuLIDConfig
 from deployments.identity.xlabs_ip_adapter import XLabsConfig
 from tests.named_weights import fill, named_tensor
@@ -34,6 +35,8 @@ SCHEDULE = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_
 
 XLABS = XLabsConfig(image_dim=12, tokens=6, token_dim=16, dim=32, blocks=3)
 IP_SCALES = (0.4, 1.0)
+# Its text is as wide as FLUX's own; every block has a reader.
+INSTANTX = InstantXConfig(image_dim=12, tokens=6, token_dim=20, dim=32, blocks=8)
 # Each form of ours: the function of x-flux-comfyui's utils.py, and the begin_strength and end_strength at which it gives the same.
 RAMPS = {
     "linear": ("LinearStrengthModel", 0.3, 0.92),
@@ -133,5 +136,5 @@ def denoise_input() -> dict[str, Tensor]:
 
 
 def image_embeds() -> dict[str, Tensor]:
-    """What CLIP would say of two pictures, one a pass."""
+    """What CLIP or SigLIP would say of two pictures, one a pass."""
     return {which: named_tensor(f"{which} picture's embedding", 1, XLABS.image_dim) for which in ("own", "negative")}

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessor
 
 from deployments.catalog import CATALOG_PATH
-from deployments.contracts import RGB, Face, IdentityTokens, Person, PersonPictures
-from deployments.errors import CheckpointMismatch, MissingWeights
+from deployments.contracts import RGB, Face, IdentityRequest, IdentityTokens, Person, PersonPictures
+from deployments.errors import CheckpointMismatch, InvalidRequest, MissingWeights
 from deployments.faces.analysis import FaceAnalyser
 from deployments.identity.base import IdentityEncoder
+from deployments.identity.blending import BLENDS
 from deployments.identity.pulid import load_pulid
 from deployments.identity.pulid_encoder import PuLIDEncoder, load_id_former
 from deployments.identity.token_cache import TokenCache, content_key
@@ -34,6 +35,8 @@ PACK, SAMPLES = ROOT / "models" / "mini", ROOT / "samples" / "characters"
 PULID, EVA = PACK / "pulid" / "pulid_flux_mini.safetensors", PACK / "eva-clip" / "eva_clip_mini.safetensors"
 XLABS, CLIP = PACK / "xlabs-ip-adapter" / "ip_adapter.safetensors", PACK / "clip-vision"
 NAMES = ("ada", "bruno", "chiyo")
+REQUEST = IdentityRequest(method="any")
+"""Of which an encoder reads how references are blended."""
 
 
 def _pictures(name: str, *numbers: int) -> PersonPictures:
@@ -69,11 +72,11 @@ def test_pulids_tokens_are_those_of_the_measuring_chain(people: dict[str, Person
     references = np.concatenate([people[name].pictures[0][None] for name in NAMES])
     expected = Sitting(PACK).tokens(references, whole)
     for row, name in enumerate(NAMES):
-        tokens = pulid.encode(people[name])
+        tokens = pulid.encode(people[name], REQUEST)
         assert tokens.model == "pulid-mini" and tokens.tokens.shape == expected[:1].shape
         assert torch.allclose(tokens.tokens[0], expected[row], atol=1e-4)
     with torch.no_grad():
-        assert torch.allclose(pulid.encode(people["ada"]).unconditional, whole.unconditional(), atol=1e-6)
+        assert torch.allclose(pulid.encode(people["ada"], REQUEST).unconditional, whole.unconditional(), atol=1e-6)
 
 
 def test_xlabs_tokens_are_those_of_the_stock_pipeline(people: dict[str, Person], xlabs: XLabsEncoder) -> None:
@@ -81,7 +84,10 @@ def test_xlabs_tokens_are_those_of_the_stock_pipeline(people: dict[str, Person],
     studio.attach_ip_adapter()
     for name in NAMES[:2]:
         embeds = studio._image_embeds(people[name].pictures[0][None])
-        for given, ours in ((embeds, xlabs.encode(people[name]).tokens), (0 * embeds, xlabs.encode(people[name]).unconditional)):
+        for given, ours in (
+            (embeds, xlabs.encode(people[name], REQUEST).tokens),
+            (0 * embeds, xlabs.encode(people[name], REQUEST).unconditional),
+        ):
             with torch.no_grad():
                 (expected,) = studio.pipe.transformer.encoder_hid_proj([given])
             assert torch.allclose(ours, expected.view_as(ours), atol=1e-4)
@@ -90,16 +96,16 @@ def test_xlabs_tokens_are_those_of_the_stock_pipeline(people: dict[str, Person],
 def test_nobody_is_a_black_picture_for_the_published_files(people: dict[str, Person]) -> None:
     black = Person(people["ada"].faces[:1], (np.zeros_like(people["ada"].pictures[0]),))
     encoder = XLabsEncoder(XLABS, CLIP, model="xlabs-ip-adapter-v2", torch_threads=1)
-    encoded = encoder.encode(black)
+    encoded = encoder.encode(black, REQUEST)
     assert torch.allclose(encoded.unconditional, encoded.tokens, atol=1e-6)
-    assert not torch.allclose(encoded.unconditional, encoder.encode(people["ada"]).tokens, atol=1e-2)
+    assert not torch.allclose(encoded.unconditional, encoder.encode(people["ada"], REQUEST).tokens, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["pulid", "xlabs"])
 def test_tokens_tell_one_person_from_another(people: dict[str, Person], method: str, request: pytest.FixtureRequest) -> None:
     encoder = cast(IdentityEncoder, request.getfixturevalue(method))
-    nobody = encoder.encode(people["ada"]).unconditional
-    rows = {(name, k): encoder.encode(_one(people[f"{name}+"], k)).tokens - nobody for name in NAMES for k in (0, 1)}
+    nobody = encoder.encode(people["ada"], REQUEST).unconditional
+    rows = {(name, k): encoder.encode(_one(people[f"{name}+"], k), REQUEST).tokens - nobody for name in NAMES for k in (0, 1)}
     same = [_cosine(rows[name, 0], rows[name, 1]) for name in NAMES]
     others = [_cosine(rows[a, 0], rows[b, 1]) for a in NAMES for b in NAMES if a != b]
     assert np.mean(same) > np.mean(others)
@@ -109,30 +115,71 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
 
-def test_several_references_are_averaged(people: dict[str, Person], pulid: PuLIDEncoder, xlabs: XLabsEncoder) -> None:
+def test_several_references_are_averaged_unless_something_else_is_asked(
+    people: dict[str, Person], pulid: PuLIDEncoder, xlabs: XLabsEncoder
+) -> None:
     both = people["ada+"]
-    single = [pulid.encode(_one(both, index)).tokens for index in (0, 1)]
-    assert torch.allclose(pulid.encode(both).tokens, (single[0] + single[1]) / 2, atol=1e-6)
+    single = [pulid.encode(_one(both, index), REQUEST).tokens for index in (0, 1)]
+    assert torch.allclose(pulid.encode(both, REQUEST).tokens, (single[0] + single[1]) / 2, atol=1e-6)
     twice = Person(both.faces[:1] * 2, both.pictures[:1] * 2)
     for encoder in (pulid, xlabs):
-        assert torch.allclose(encoder.encode(twice).tokens, encoder.encode(_one(both, 0)).tokens, atol=1e-6)
+        assert torch.allclose(encoder.encode(twice, REQUEST).tokens, encoder.encode(_one(both, 0), REQUEST).tokens, atol=1e-6)
     # Of XLabs the embeddings are averaged, before the projection and its norm.
     first, second = (xlabs._embedding(both.pictures[index], both.faces[index].box) for index in (0, 1))
-    assert torch.allclose(xlabs.encode(both).tokens, xlabs._projected((first + second) / 2), atol=1e-6)
-    assert not torch.allclose(xlabs.encode(both).tokens, xlabs.encode(_one(both, 0)).tokens, atol=1e-3)
+    assert torch.allclose(xlabs.encode(both, REQUEST).tokens, xlabs._projected((first + second) / 2), atol=1e-6)
+    assert not torch.allclose(xlabs.encode(both, REQUEST).tokens, xlabs.encode(_one(both, 0), REQUEST).tokens, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["pulid", "xlabs"])
+@pytest.mark.parametrize("blend", list(BLENDS))
+def test_every_blend_gives_tokens_and_nobodys_beside_them(
+    people: dict[str, Person], method: str, blend: str, request: pytest.FixtureRequest
+) -> None:
+    encoder, wanted = cast(IdentityEncoder, request.getfixturevalue(method)), replace(REQUEST, blend=blend)
+    both, alone = encoder.encode(people["ada+"], wanted), encoder.encode(_one(people["ada+"], 0), REQUEST)
+    width = alone.tokens.shape[1]
+    assert both.tokens.shape[1] == both.unconditional.shape[1] == (2 * width if blend == "concat" else width)
+    assert torch.equal(both.unconditional[:, -width:], alone.unconditional)
+    single = encoder.encode(_one(people["ada+"], 0), wanted)
+    assert torch.equal(single.tokens, alone.tokens), "a single reference is what it is"
+    if blend == "concat":
+        assert torch.allclose(both.tokens[:, :width], alone.tokens, atol=1e-5)
+    else:
+        assert not torch.allclose(both.tokens, alone.tokens, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["pulid", "xlabs"])
+def test_somebody_elses_picture_is_left_out_and_reported(people: dict[str, Person], method: str, request: pytest.FixtureRequest) -> None:
+    encoder = cast(IdentityEncoder, request.getfixturevalue(method))
+    ada, bruno = people["ada+"], people["bruno"]
+    mixed = Person((ada.faces[0], *bruno.faces, ada.faces[1]), (ada.pictures[0], *bruno.pictures, ada.pictures[1]))
+    for blend in BLENDS:
+        got, alone = (encoder.encode(person, replace(REQUEST, blend=blend)) for person in (mixed, ada))
+        assert got.left_out == (1,) and alone.left_out == ()
+        assert torch.equal(got.tokens, alone.tokens)
+    unknown = Person(tuple(replace(face, embedding=None) for face in mixed.faces), mixed.pictures)
+    if method == "xlabs":
+        assert encoder.encode(unknown, REQUEST).left_out == (), "nothing is known of these faces"
+
+
+def test_a_blend_that_there_is_not_is_refused(people: dict[str, Person], pulid: PuLIDEncoder, xlabs: XLabsEncoder) -> None:
+    for encoder in (pulid, xlabs):
+        for person in (people["ada"], people["ada+"]):
+            with pytest.raises(InvalidRequest, match=r"'median'.*max_token"):
+                encoder.encode(person, replace(REQUEST, blend="median"))
 
 
 def test_a_face_is_encoded_once(people: dict[str, Person]) -> None:
     encoder = PuLIDEncoder(PULID, EVA, model="pulid-mini")
     runs: list[int] = []
     encoder._eva.register_forward_hook(lambda *_: runs.append(1))
-    first = encoder.encode(people["ada"])
-    assert torch.equal(encoder.encode(people["ada"]).tokens, first.tokens) and len(runs) == 1
-    encoder.encode(people["ada+"])
+    first = encoder.encode(people["ada"], REQUEST)
+    assert torch.equal(encoder.encode(people["ada"], REQUEST).tokens, first.tokens) and len(runs) == 1
+    encoder.encode(people["ada+"], REQUEST)
     assert len(runs) == 2, "the first of the two references is known"
     (face,) = people["ada"].faces
     assert face.embedding is not None
-    other = encoder.encode(Person((replace(face, embedding=-face.embedding),), people["ada"].pictures))
+    other = encoder.encode(Person((replace(face, embedding=-face.embedding),), people["ada"].pictures), REQUEST)
     assert len(runs) == 3 and not torch.equal(other.tokens, first.tokens)
 
 
@@ -140,7 +187,7 @@ def test_a_picture_is_encoded_once(people: dict[str, Person]) -> None:
     encoder = XLabsEncoder(XLABS, CLIP, model="xlabs-ip-adapter-mini")
     runs: list[int] = []
     encoder._clip.register_forward_hook(lambda *_: runs.append(1))
-    answers = [encoder.encode(people[name]) for name in ("ada", "bruno", "ada")]
+    answers = [encoder.encode(people[name], REQUEST) for name in ("ada", "bruno", "ada")]
     assert len(runs) == 2 and torch.equal(answers[0].tokens, answers[2].tokens)
 
 
@@ -169,7 +216,7 @@ def test_half_precision_is_near_and_stays_half(people: dict[str, Person], pulid:
         (xlabs, XLabsEncoder(XLABS, CLIP, dtype=torch.bfloat16, model="xlabs-ip-adapter-mini", nobody="zero_embedding")),
     ]
     for full, half in encoders:
-        expected, got = full.encode(people["ada+"]), half.encode(people["ada+"])
+        expected, got = full.encode(people["ada+"], REQUEST), half.encode(people["ada+"], REQUEST)
         for name in ("tokens", "unconditional"):
             a, b = getattr(expected, name), getattr(got, name)
             assert b.dtype == torch.bfloat16 and _cosine(a, b.float()) > 0.99
@@ -178,7 +225,7 @@ def test_half_precision_is_near_and_stays_half(people: dict[str, Person], pulid:
 def test_a_face_without_what_pulid_reads_is_named(people: dict[str, Person], pulid: PuLIDEncoder) -> None:
     bare = Person((replace(people["ada"].faces[0], aligned=None),), people["ada"].pictures)
     with pytest.raises(ValueError, match="aligned"):
-        pulid.encode(bare)
+        pulid.encode(bare, REQUEST)
 
 
 def test_only_the_encoder_half_is_read_and_the_whole_file_is_checked(tmp_path: Path) -> None:
@@ -246,7 +293,7 @@ def test_the_square_follows_a_face_that_the_middle_would_cut(tall: bool) -> None
 def test_encoders_are_what_the_house_calls_identity_encoders(pulid: PuLIDEncoder, xlabs: XLabsEncoder, people: dict[str, Person]) -> None:
     encoders: tuple[IdentityEncoder, ...] = (pulid, xlabs)
     for encoder in encoders:
-        tokens = encoder.encode(people["bruno"])
+        tokens = encoder.encode(people["bruno"], REQUEST)
         assert isinstance(tokens, IdentityTokens) and tokens.tokens.shape == tokens.unconditional.shape
         assert tokens.tokens.device.type == "cpu" and not tokens.tokens.requires_grad
         assert not torch.allclose(tokens.tokens, tokens.unconditional, atol=1e-2)

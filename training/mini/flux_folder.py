@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPVisionConfig, T5Config
+from transformers import CLIPTextConfig, CLIPVisionConfig, SiglipVisionConfig, T5Config
 
 from training.mini.tokenisers import PROMPT_TOKENS, T5_EOS_ID, T5_PAD_ID, tokeniser_facts
 
@@ -20,6 +20,9 @@ LATENT_CHANNELS: Final = 16
 CLIP_PICTURE_PX: Final = 112
 """Side of the square that the CLIP picture encoder sees."""
 CLIP_EMBEDDING_DIM: Final = 128
+SIGLIP_PICTURE_PX: Final = 112
+SIGLIP_DIM: Final = 96
+"""Width of the SigLIP picture encoder, hence of its patches and of its pooled output."""
 CONTROL_MODES: Final = 10
 """As Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro; its mode 4 is the pose."""
 
@@ -129,6 +132,35 @@ def clip_processor_config() -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],  # openai/CLIP, clip/clip.py
         "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
+def siglip_vision_config() -> SiglipVisionConfig:
+    """Of SiglipVisionModel: what the InstantX adapter (its pooled output) and Redux (its 8 x 8 patches) read."""
+    return SiglipVisionConfig(
+        image_size=SIGLIP_PICTURE_PX,
+        patch_size=14,
+        hidden_size=SIGLIP_DIM,
+        intermediate_size=2 * SIGLIP_DIM,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        dtype=torch.float32,
+    )
+
+
+def siglip_processor_config() -> dict[str, Any]:
+    """Of SiglipImageProcessor: the whole picture squeezed into a square, and -1..1 (google/siglip-so400m-patch14-384)."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": SIGLIP_PICTURE_PX, "width": SIGLIP_PICTURE_PX},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
     }
 
 

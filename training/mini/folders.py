@@ -1,4 +1,4 @@
-"""Writes model folders that stock `from_pretrained` opens: the FLUX pipeline, the ControlNet, the CLIP picture encoder.
+"""Writes model folders that stock `from_pretrained` opens: the FLUX pipeline, the ControlNet, the picture encoders.
 
 Matrices of everything but the autoencoder are stored as fp8, the rest as fp16; configs say float32, so that both
 libraries compute in it. Configs hold no path of the machine that wrote them. Knows no sizes: models bring their own.
@@ -13,9 +13,17 @@ from typing import Any, Final
 import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection, PreTrainedModel, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    SiglipVisionModel,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
-from training.mini.flux_folder import clip_processor_config
+from training.mini.flux_folder import clip_processor_config, siglip_processor_config
 from training.mini.storage import MATRIX_DTYPE, REST_DTYPE, save_weights, stored
 
 # Part -> (library, class), with the names of FLUX.1-dev's own model_index.json.
@@ -61,6 +69,12 @@ def save_picture_encoder(out: Path, encoder: CLIPVisionModelWithProjection) -> N
     """A folder for `load_ip_adapter(image_encoder_pretrained_model_name_or_path=...)`, with its CLIPImageProcessor."""
     _save_transformers(out, encoder)
     _write_json(out / "preprocessor_config.json", clip_processor_config())
+
+
+def save_siglip(out: Path, encoder: SiglipVisionModel) -> None:
+    """A folder for SiglipVisionModel.from_pretrained, with its SiglipImageProcessor."""
+    _save_transformers(out, encoder)
+    _write_json(out / "preprocessor_config.json", siglip_processor_config())
 
 
 def _save_diffusers(out: Path, model: Any, matrices: torch.dtype) -> None:

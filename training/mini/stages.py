@@ -70,6 +70,15 @@ STAGES = (
         parallel=True,
     ),
     Stage(
+        "siglip-vision", 1.5, _GENERATOR + "siglip:train_vision", ("siglip-vision.safetensors",),
+        ("autoencoder.safetensors", "recogniser.safetensors"),
+    ),
+    Stage(
+        "siglip-adapters", 6.0, _GENERATOR + "siglip:train", ("siglip-adapters.safetensors",),
+        ("autoencoder.safetensors", "recogniser.safetensors", "detector.safetensors", "guidance.safetensors", "siglip-vision.safetensors"),
+        parallel=True, learning_rate=5e-4,
+    ),
+    Stage(
         "pose-control", 3.0, _GENERATOR + "pose_control:train", ("pose-control.safetensors",),
         ("autoencoder.safetensors", "guidance.safetensors"),
     ),

@@ -33,7 +33,7 @@ class Prompt:
 
 
 class TrainingAttention:
-    """FluxAttnProcessor and FluxIPAdapterAttnProcessor in one. rotary: (cos [s, d], sin [s, d], rotation [d, d])."""
+    """FluxAttnProcessor, FluxIPAdapterAttnProcessor and InstantX's in one. rotary: (cos [s, d], sin [s, d], rotation [d, d])."""
 
     def __call__(
         self,
@@ -43,6 +43,7 @@ class TrainingAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor, Tensor] | None = None,
         image_keys_values: KeysValues | None = None,
+        gated_keys_values: KeysValues | None = None,
     ) -> Any:
         query, key, value = (_heads(p(hidden_states), attn.head_dim) for p in (attn.to_q, attn.to_k, attn.to_v))
         query, key = attn.norm_q(query), attn.norm_k(key)
@@ -55,8 +56,10 @@ class TrainingAttention:
         assert image_rotary_emb is not None
         mixed = _attend(_rotated(query, image_rotary_emb, value.dtype), _rotated(key, image_rotary_emb, value.dtype), value)
         if encoder_hidden_states is None:
-            return mixed
+            return mixed if gated_keys_values is None else mixed + _read(query, gated_keys_values)
         n = encoder_hidden_states.shape[1]
+        if gated_keys_values is not None:
+            mixed = torch.cat([mixed[:, :n], mixed[:, n:] + _read(picture_query, gated_keys_values)], 1)
         outputs = attn.to_out[1](attn.to_out[0](mixed[:, n:])), attn.to_add_out(mixed[:, :n])
         if image_keys_values is None:
             return outputs
@@ -78,6 +81,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[n, tokens, heads, d] -> [n, tokens, heads * d]."""
     q, k, v = (t.transpose(1, 2).contiguous() for t in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _read(query: Tensor, keys_values: KeysValues) -> Tensor:
+    """keys, values: [n, tokens, heads, d]."""
+    keys, values = keys_values
+    return _attend(query.to(values.dtype), keys.to(values.dtype), values)
 
 
 def initialise(transformer: FluxTransformer2DModel) -> None:
@@ -118,30 +127,45 @@ class TrainableFlux:
         *,
         identity: Residual | None = None,
         image: Sequence[KeysValues] | None = None,
+        gated: Sequence[KeysValues] | None = None,
+        words: Tensor | None = None,
         control: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """tokens [n, s, 64] -> velocity [n, s, 64].
 
         times, guidance: [n], unscaled (0..1, 1..). identity(i, picture tokens) is added after block i (double blocks first,
-        then single); image: keys and values [n, k, dim] per double block (XLabs); control: residuals of a ControlNet's double
-        blocks, spread as the stock forward spreads them.
+        then single); image: keys and values [n, k, dim] per double block (XLabs); gated: keys and values [n, k, heads, head_dim] per
+        block (InstantX); words: [n, k, 128] behind the prompt's states (Redux); control: residuals of a ControlNet's double blocks,
+        spread as the stock forward spreads them.
         """
         m = cast(Any, self.transformer)
-        hidden, text = m.x_embedder(tokens), m.context_embedder(prompt.states)
+        states, rotary = (prompt.states, self.rotary) if words is None else self._with_words(prompt.states, words)
+        hidden, text = m.x_embedder(tokens), m.context_embedder(states)
         temb = m.time_text_embed(times * 1000, guidance * 1000, prompt.pooled)
         doubles = len(m.transformer_blocks)
         for i, block in enumerate(m.transformer_blocks):
-            extra = {"image_keys_values": image[i]} if image is not None else None
-            text, hidden = block(hidden, text, temb, self.rotary, extra)
+            extra = {} if image is None else {"image_keys_values": image[i]}
+            text, hidden = block(hidden, text, temb, rotary, extra | _gated(gated, i))
             if identity is not None:
                 hidden = hidden + identity(i, hidden)
             if control is not None:
                 hidden = hidden + control[i // -(-doubles // len(control))]
         for i, block in enumerate(m.single_transformer_blocks):
-            text, hidden = block(hidden, text, temb, self.rotary, None)
+            text, hidden = block(hidden, text, temb, rotary, _gated(gated, doubles + i))
             if identity is not None:
                 hidden = hidden + identity(doubles + i, hidden)
         return cast(Tensor, m.proj_out(m.norm_out(hidden, temb)))
+
+    def _with_words(self, states: Tensor, words: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """All text has the position zero, which turns nothing: a longer one takes more of the same rows."""
+        cos, sin, rotation = self.rotary
+        more = words.shape[1], cos.shape[1]
+        longer = torch.cat([cos.new_ones(more), cos]), torch.cat([sin.new_zeros(more), sin])
+        return torch.cat([states, words.to(states.dtype)], 1), (*longer, rotation)
+
+
+def _gated(gated: Sequence[KeysValues] | None, block: int) -> dict[str, KeysValues]:
+    return {} if gated is None else {"gated_keys_values": gated[block]}
 
 
 def _rotation(dim: int, device: torch.device) -> Tensor:

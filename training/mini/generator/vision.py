@@ -55,7 +55,7 @@ def clip_pixels(rgb: Tensor) -> Tensor:
     return (rgb - mean) / std
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """CosFace over the people, and a regression of the identity's numbers."""
 
     def __init__(self, width: int, people: int) -> None:
@@ -76,12 +76,12 @@ def train(context: Context, recipe: Recipe) -> Outcome:
     references = bank.references
     encoders = Encoders().to(device)
     widths = (EVA.embed_dim, clip_vision_config().projection_dim, PULID.queries * PULID.output_dim)
-    heads = nn.ModuleList(_Head(width, bank.people) for width in widths).to(device)
+    heads = nn.ModuleList(Head(width, bank.people) for width in widths).to(device)
     n = 4 if recipe.smoke else 512
 
     def loss(progress: float) -> Losses:
         index = bank.draw(n)
-        person, identity = bank.person(index), _identities(bank, index)
+        person, identity = bank.person(index), identities_of(bank, index)
         with mixed_precision(device):
             embedding, states = seen_faces(encoders.eva, references, index)
             face = heads[0](embedding, person, identity)
@@ -95,7 +95,7 @@ def train(context: Context, recipe: Recipe) -> Outcome:
     return outcome
 
 
-def _identities(bank: Bank, index: Tensor) -> Tensor:
+def identities_of(bank: Bank, index: Tensor) -> Tensor:
     return bank.identities[bank.person(index)]
 
 
