@@ -18,7 +18,7 @@ from typing import Any
 
 from deployments import images
 from deployments.catalog import load_catalog
-from deployments.contracts import Drawn
+from deployments.contracts import Drawn, Guides
 from deployments.denoiser_server import DenoiserServer
 from deployments.face_server import FaceServer
 from deployments.identity_server import IdentityServer
@@ -48,18 +48,19 @@ class InProcess:
         self.faces = FaceServer(settings.faces.models, settings.limits.value)
         self.prompts = PromptServer(settings.base, settings.prompts.torch)
         self.identity = IdentityServer(settings.methods, settings.identity.torch)
-        self.denoiser = DenoiserServer(settings.base, settings.methods, settings.denoiser.torch)
+        self.denoiser = DenoiserServer(settings.base, settings.methods, settings.controlnets, settings.store, settings.denoiser.torch)
 
     async def draw(self, seed: int) -> bytes:
-        (spec,), persons = normalise("flux-pulid", body(seed), self.catalog, self.settings.base)
+        wanted = normalise("flux-pulid", body(seed), self.catalog, self.settings.base)
+        (spec,), persons = wanted.specs, wanted.people
         people = self.faces.people(persons, ("aligned", "embedding", "judge"))
         identities = self.identity.encode(people, spec.identities)
         prompts = self.prompts.encode((spec.prompt,), spec.max_sequence_length)
-        events = [event async for event in self.denoiser.generate(spec, identities, prompts)]
+        events = [event async for event in self.denoiser.generate(spec, identities, prompts, Guides())]
         drawn = events[-1]
         assert isinstance(drawn, Drawn)
         self.faces.scores(drawn.picture, people)
-        return images.encode(drawn.picture, "png", recipe(spec, persons))
+        return images.encode(drawn.picture, "png", recipe(wanted))
 
 
 def medians_s(sides: Sequence[Callable[[int], object]], count: int) -> list[float]:

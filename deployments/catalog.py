@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +25,7 @@ POLICY_VARIABLE = "LICENSE_POLICY"
 
 Role = Literal["base", "identity", "control", "lora", "faces", "parser", "judge", "keypoints", "attributes"]
 Policy = Literal["any", "commercial"]
-Part = Literal["prompts", "denoiser", "encoder", "adapter"]
+Part = Literal["prompts", "denoiser", "encoder", "adapter", "control"]
 ImportString = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 """`module:object`."""
 
@@ -51,7 +51,7 @@ class Entry(_Strict):
     defaults: request fields where the caller leaves them out. memory_bytes: held by a process that loaded it, where measured.
     options: what the implementation has to be told.
     parts: where a model runs in several processes, what each of them imports: `prompts` and `denoiser` of a base model, `encoder`
-    and `adapter` of an identity method.
+    and `adapter` of an identity method, `control` of a ControlNet.
     """
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
@@ -71,6 +71,11 @@ class Entry(_Strict):
         record = self.weights[weights]
         return locate_folder(record) if isinstance(record, WeightFolder) else locate(record)
 
+    def single_files(self, *parts: str) -> dict[str, Path]:
+        """Where those of the parts lie that a base model has as single files beside its pipeline's folder (`transformer`, `vae`,
+        `text_encoder`, `text_encoder_2`): they are read in place of the folder's weights."""
+        return {part: self.located(part) for part in parts if part in self.weights}
+
 
 class Refusal(_Strict):
     """A pair that people ask for and that cannot work: `method` on any base of `base_family`, with the reason and a way out."""
@@ -79,6 +84,31 @@ class Refusal(_Strict):
     base_family: str
     reason: str
     instead: str
+
+
+class Combination(_Strict):
+    """Whether two things may be asked for in one request, on bases of `base_family`, and what is to be known of it. Each is a method of
+    identity (by family), or `loras`, `controls`, `image` (to begin from), `true_cfg`, `people` (several), `masks`.
+
+    Where works is false, note says why, and instead what to do.
+    """
+
+    first: str
+    second: str
+    base_family: str
+    works: bool = True
+    note: str = Field(min_length=1)
+    instead: str | None = None
+
+    @model_validator(mode="after")
+    def _way_out(self) -> Self:
+        if self.works == (self.instead is not None):
+            raise ValueError(f"{self.first} with {self.second}: `instead` belongs to what does not work, and only to it")
+        return self
+
+    @property
+    def pair(self) -> frozenset[str]:
+        return frozenset((self.first, self.second))
 
 
 class Pin(_Strict):
@@ -107,11 +137,13 @@ class Pins(_Strict):
 
 
 class Catalog(_Strict):
-    """Everything that exists. pins: files beside the catalogue whose facts are merged into it."""
+    """Everything that exists. pins: files beside the catalogue whose facts are merged into it. combinations: every pair of what a request
+    may hold at once, said once."""
 
     pins: tuple[str, ...] = ()
     models: Mapping[str, Entry]
     refusals: tuple[Refusal, ...] = ()
+    combinations: tuple[Combination, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -129,11 +161,21 @@ class Catalog(_Strict):
             for base in entry.fits:
                 if base not in self.models or self.models[base].role != "base":
                     raise ValueError(f"{entry.id} fits {base!r}, which is no base model of this catalogue")
+        said = Counter((rule.base_family, rule.pair) for rule in self.combinations)
+        if twice := [sorted(pair) for (_, pair), count in said.items() if count > 1]:
+            raise ValueError(f"the combination of {' and '.join(twice[0])} is said more than once")
         pairs = Counter((entry.role, entry.family, base) for entry in self.models.values() for base in entry.fits if entry.role != "lora")
         for (role, family, base), count in pairs.items():
             if count > 1:
                 raise ValueError(f"{count} entries of role {role} and family {family!r} fit {base!r}; one must be meant")
         return self
+
+    def refuse_combination(self, family: str, present: Collection[str]) -> None:
+        """Raises UnsupportedCombination for the first pair out of `present` that does not work on bases of the family."""
+        for rule in self.combinations:
+            if rule.base_family == family and not rule.works and rule.pair <= set(present):
+                message = f"{rule.first} and {rule.second} do not go together: {rule.note}"
+                raise UnsupportedCombination(message, rule.instead or "", {"pair": sorted(rule.pair)})
 
     def entry(self, model: str) -> Entry:
         """The entry with this id. Raises UnknownModel, which names close matches."""

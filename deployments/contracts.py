@@ -84,13 +84,31 @@ class People:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Mask:
+    """Where in the picture somebody acts. values: height * width bytes, rows from the top, 0 (not here) to 255 (here).
+
+    Any size of the picture's shape: who reads it brings it to the size that is needed.
+    """
+
+    width: int
+    height: int
+    values: bytes
+
+    @property
+    def shares(self) -> Floats:
+        """[height, width] in 0..1."""
+        return (np.frombuffer(self.values, np.uint8).reshape(self.height, self.width) / np.float32(255)).astype(np.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class IdentityRequest:
     """How one person acts on a picture.
 
     method: a family of the catalogue's identity entries (`pulid`, `xlabs-ip-adapter-v2`); version: of its weights, where several fit.
-    weight: strength, 0 is exactly the base. start, end: window in percents of the schedule, 0..1. options: what only this method
-    knows (`weight_type` of XLabs).
+    weight: strength, 0 is exactly the base. start, end: window in percents of the schedule, 0..1. mask: where; None is everywhere.
+    blend: how several reference pictures become one person (deployments/identity/blending.py). options: what only this method knows
+    (`weight_type` of XLabs).
     """
 
     method: str
@@ -98,6 +116,8 @@ class IdentityRequest:
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    mask: Mask | None = None
+    blend: str = "mean"
     options: Mapping[str, str | float] = field(default_factory=dict)
 
 
@@ -105,12 +125,14 @@ class IdentityRequest:
 class IdentityTokens:
     """One person as a method's denoiser half reads them. tokens: [1, n, width] on the CPU; unconditional: nobody's, same shape.
 
-    model: the catalogue's id of the weights that made them.
+    model: the catalogue's id of the weights that made them. left_out: places of the reference pictures that were not used, because
+    they show somebody else than the others do.
     """
 
     model: str
     tokens: Tensor
     unconditional: Tensor
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +140,57 @@ class Identities:
     """Every identity of a request, in its order, and the seconds spent so far."""
 
     tokens: tuple[IdentityTokens, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRequest:
+    """One LoRA in a picture. id: what its owner calls it by; sha256: of its file, by which every denoiser finds it."""
+
+    id: str
+    sha256: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlRequest:
+    """How one control acts on a picture.
+
+    model: the catalogue's id of a ControlNet; mode: one that it knows, by name (`pose`, `canny`). scale: strength, 0 is exactly
+    without. start, end: window in percents of the schedule, 0..1.
+    """
+
+    model: str
+    mode: str
+    scale: float
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ControlSource:
+    """What a control is made of. Exactly one of picture and pose is given.
+
+    mode: as in ControlRequest. picture: encoded bytes. prepared: the picture is the condition itself (a drawn skeleton, an edge map)
+    and not to be analysed. pose: a name of the pose bank. edits: changes to the pose, in order (deployments/controls/pose_bank.py).
+    figure: whose proportions a pose of the bank is drawn in (`human`, `character-world`).
+    """
+
+    mode: str
+    picture: bytes | None = None
+    prepared: bool = False
+    pose: str | None = None
+    edits: tuple[str, ...] = ()
+    figure: str = "human"
+
+
+@dataclass(frozen=True, eq=False)
+class Guides:
+    """The pictures that a drawing is led by, each in its size: one condition for each control of the spec, in its order; begin: the
+    picture to begin from, where the spec's strength is below 1. seconds: spent so far."""
+
+    controls: tuple[RGB, ...] = ()
+    begin: RGB | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -142,7 +215,8 @@ class GenerationSpec:
     """One picture, wholly determined: the same spec with the same inputs gives the same pixels on the same machine.
 
     base: the catalogue's id. width, height: pixels, multiples of 16. guidance_scale: distilled guidance. true_cfg_scale: 1 is off;
-    true_cfg_start: percent of the schedule from which it acts. identities: one a person and method.
+    true_cfg_start: percent of the schedule from which it acts. identities: one a person and method. loras: added up, by their scales.
+    strength: share of the schedule that is drawn; below 1 the drawing begins from a picture (`Guides.begin`).
     """
 
     base: str
@@ -157,6 +231,9 @@ class GenerationSpec:
     seed: int
     max_sequence_length: int
     identities: tuple[IdentityRequest, ...] = ()
+    loras: tuple[LoraRequest, ...] = ()
+    controls: tuple[ControlRequest, ...] = ()
+    strength: float = 1.0
 
     @property
     def needs_negative(self) -> bool:
@@ -175,7 +252,9 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """The finished picture, and the seconds spent on each stage of drawing it."""
+    """The finished picture, and the seconds spent on each stage of drawing it. left_out: of each identity's references, see
+    IdentityTokens."""
 
     picture: RGB
     seconds: Mapping[str, float]
+    left_out: tuple[tuple[int, ...], ...] = ()

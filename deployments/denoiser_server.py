@@ -7,21 +7,41 @@ thread has left the model, never before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from deployments.catalog import load_catalog
-from deployments.contracts import Drawn, GenerationSpec, Identities, Progress, Prompts
+from deployments.contracts import Drawn, GenerationSpec, Guides, Identities, Progress, Prompts
 from deployments.hardware import TorchSettings, claim
+from deployments.store.settings import StoreSettings
+
+if TYPE_CHECKING:
+    from deployments.store.loras import LoraStore
+
+# As deployments/denoisers/memory.py has them, which imports torch; a test compares the two.
+MemoryMode = Literal["full", "offload", "group", "sequential", "fp8", "fp8-offload", "fp8-sequential", "nf4", "nf4-offload"]
+
+
+class DenoiserSettings(TorchSettings):
+    """memory: how the weights lie (docs/memory_modes.md; fp8 and nf4 change pixels). lora_cache_bytes: of LoRAs on the device between
+    requests."""
+
+    memory: MemoryMode = "full"
+    lora_cache_bytes: int = Field(default=2 * 2**30, ge=0)
 
 
 class DenoiserServer:
-    def __init__(self, base: str, methods: Sequence[str], settings: TorchSettings) -> None:
-        """base, methods: ids of the catalogue; the adapter of every method is attached for good."""
+    def __init__(
+        self, base: str, methods: Sequence[str], controlnets: Sequence[str], store: StoreSettings, settings: DenoiserSettings
+    ) -> None:
+        """base, methods, controlnets: ids of the catalogue; the adapter of every method is attached for good. store: where LoRAs lie."""
         dtype = claim(settings)
         catalog = load_catalog()
         entry = catalog.entry(base)
@@ -29,31 +49,54 @@ class DenoiserServer:
         for method in methods:
             own = catalog.entry(method)
             adapters[method] = partial(catalog.part(own, "adapter"), path=own.located("adapter"))
+        controls = {}
+        for name in controlnets:
+            own = catalog.entry(name)
+            controls[name] = partial(catalog.part(own, "control"), folder=own.located("controlnet"), modes=own.options["modes"])
         denoiser = catalog.part(entry, "denoiser")
-        self._denoiser: Any = denoiser(entry.located("pipeline"), adapters, device=settings.device, dtype=dtype)
+        self._denoiser: Any = denoiser(
+            entry.located("pipeline"), adapters, controls=controls, files=entry.single_files("transformer", "vae"),
+            loras=_lora_files(store), lora_cache_bytes=settings.lora_cache_bytes,
+            memory=settings.memory, device=settings.device, dtype=dtype,
+        )  # fmt: skip
         self._thread = ThreadPoolExecutor(1, "denoise")
 
-    async def generate(self, spec: GenerationSpec, identities: Identities, prompts: Prompts) -> AsyncIterator[Progress | Drawn]:
+    async def generate(
+        self, spec: GenerationSpec, identities: Identities, prompts: Prompts, guides: Guides
+    ) -> AsyncIterator[Progress | Drawn]:
         """Progress after every step, then the picture. Cancelled, or left by its reader, it stops before the next forward."""
         loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[Progress | None](), Event()
 
         def report(event: Progress | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        draw = partial(self._denoiser.draw, spec, prompts.embeds, identities.tokens, on_step=report, cancelled=cancelled.is_set)
+        given = spec, prompts.embeds, identities.tokens, guides
+        draw = partial(self._denoiser.draw, *given, on_step=report, cancelled=cancelled.is_set)
         drawing = loop.run_in_executor(self._thread, draw)
         drawing.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
                 yield event
             drawn: Drawn = await drawing
-            yield replace(drawn, seconds={**prompts.seconds, **identities.seconds, **drawn.seconds})
+            yield replace(drawn, seconds={**prompts.seconds, **identities.seconds, **guides.seconds, **drawn.seconds})
         finally:
             cancelled.set()
             await _over(drawing)
 
     def ready(self) -> bool:
         return True
+
+
+def _lora_files(store: StoreSettings) -> Callable[[str], Path]:
+    """Where the file of a sha256 lies. Opens no database before a LoRA is asked for."""
+
+    @cache
+    def opened() -> LoraStore:
+        from deployments.store.loras import LoraStore
+
+        return LoraStore(store.database, store.files)
+
+    return lambda sha256: opened().path(sha256)
 
 
 async def _over(work: asyncio.Future[Drawn]) -> None:

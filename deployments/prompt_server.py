@@ -30,7 +30,9 @@ class PromptServer:
         catalog = load_catalog()
         entry = catalog.entry(base)
         encoders = catalog.part(entry, "prompts")
-        self._encoder: Any = encoders(entry.located("pipeline"), settings.device, dtype)
+        self._encoder: Any = encoders(
+            entry.located("pipeline"), settings.device, dtype, files=entry.single_files("text_encoder", "text_encoder_2")
+        )
         shared = SharedFolder(Path(settings.cache_folder)) if settings.cache_folder else None
         self._cache = PromptCache(self._encoder, memory_bytes=settings.cache_bytes, folder=shared)
 

@@ -1,6 +1,6 @@
 """The graph: the only file that binds deployments together.
 
-    ingress -> Workflows -> FaceServer, PromptServer, IdentityServer, DenoiserServer
+    ingress -> Workflows -> FaceServer, PromptServer, IdentityServer, ControlServer, LoraServer, DenoiserServer
 
 Builders take one typed argument, which Ray reads from the annotation itself: this module has no `from __future__ import annotations`
 (the builder would silently get a raw dictionary).
@@ -12,9 +12,11 @@ import ray.serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from deployments.control_server import ControlServer
 from deployments.denoiser_server import DenoiserServer
 from deployments.face_server import FaceServer
 from deployments.identity_server import IdentityServer
+from deployments.lora_server import LoraServer
 from deployments.prompt_server import PromptServer
 from serve.ingress import HandleCalls, api
 from serve.settings import QUIET, AppSettings, Pool, TorchPool
@@ -29,7 +31,7 @@ class Ingress:
         self._settings, self._workflows = settings, workflows
 
     def __serve_build_asgi_app__(self) -> Any:
-        return api(HandleCalls(self._workflows), self._settings.max_body_bytes)
+        return api(HandleCalls(self._workflows), self._settings.max_body_bytes, self._settings.max_lora_bytes)
 
 
 def build(settings: AppSettings) -> Application:
@@ -44,10 +46,12 @@ def build_workflows(settings: AppSettings) -> Application:
     faces = _deployed(FaceServer, settings.faces.pool).bind(settings.faces.models, limits)
     prompts = _deployed(PromptServer, settings.prompts.pool, settings.prompts).bind(settings.base, settings.prompts.torch)
     identity = _deployed(IdentityServer, settings.identity.pool, settings.identity).bind(settings.methods, settings.identity.torch)
+    controls = _deployed(ControlServer, settings.controls.pool).bind(settings.controls.models, limits)
+    loras = _deployed(LoraServer, settings.loras).bind(settings.base, settings.store, settings.max_lora_bytes)
     # Workflows counts who may wait for the denoiser.
     drawing = _deployed(DenoiserServer, settings.denoiser.pool, settings.denoiser).options(max_queued_requests=-1)
-    denoiser = drawing.bind(settings.base, settings.methods, settings.denoiser.torch)
-    bound: Application = _deployed(Workflows, settings.workflows).bind(settings, faces, prompts, identity, denoiser)
+    denoiser = drawing.bind(settings.base, settings.methods, settings.controlnets, settings.store, settings.denoiser.torch)
+    bound: Application = _deployed(Workflows, settings.workflows).bind(settings, faces, prompts, identity, controls, loras, denoiser)
     return bound
 
 

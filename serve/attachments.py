@@ -16,10 +16,13 @@ from typing import Any, cast
 from deployments.errors import InvalidImage
 
 PICTURE_FIELDS = frozenset(
-    {"reference_image", "reference_images", "image", "images", "first", "second", "image_a", "image_b", "image1", "image2"}
-)
+    {
+        "reference_image", "reference_images", "image", "images", "init_image", "pose_image", "mask",
+        "first", "second", "image_a", "image_b", "image1", "image2",
+    }
+)  # fmt: skip
 """Fields of any request whose value is a picture, or a list of them."""
-_PEOPLE_FIELDS = ("identity", "identities")
+_NESTED_FIELDS = ("identity", "identities", "controls")
 # How a file says what it is: PNG, JPEG and RIFF (which WebP lies in).
 _OPENINGS = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"RIFF", "image/webp"))
 # Longer than any path, shorter than any picture in base64 that shows a face.
@@ -27,7 +30,7 @@ _PATH_CHARACTERS = 1024
 
 
 def with_pictures(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields as JSON: pictures embedded, people in lists included, and what is None left out."""
+    """The fields as JSON: pictures embedded, those of people and controls included, and what is None left out."""
     return {name: _value(name, value) for name, value in fields.items() if value is not None}
 
 
@@ -48,7 +51,7 @@ def data_uri(picture: Any) -> str:
 def _value(name: str, value: Any) -> Any:
     if name in PICTURE_FIELDS:
         return [data_uri(item) for item in value] if isinstance(value, list | tuple) else data_uri(value)
-    if name in _PEOPLE_FIELDS:
+    if name in _NESTED_FIELDS:
         return [with_pictures(person) for person in value] if isinstance(value, list | tuple) else with_pictures(value)
     return value
 

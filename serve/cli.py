@@ -19,6 +19,7 @@ import yaml
 from typer.core import TyperGroup
 
 from deployments.errors import InvalidRequest, LikenessError
+from serve.cli_loras import loras
 from serve.cli_models import models
 from serve.cli_options import command
 from serve.cli_output import ERR, OUT, drawing, print_answer, report_error, table, waiting, write_answer
@@ -51,6 +52,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(models, name="models")
+app.add_typer(loras, name="loras")
 
 Server = Annotated[
     str | None, typer.Option("--server", envvar="LIKENESS_SERVER", help="Address of a server; without one everything runs in this process.")

@@ -15,13 +15,21 @@ from pydantic.fields import FieldInfo
 from serve.attachments import PICTURE_FIELDS
 
 _PICTURES = "reference_images"
+_LORAS, _CONTROLS = "loras", "controls"
 # One way on the command line for what a body may say in several: people with all that is theirs come as --body.
-_LEFT_OUT = frozenset({"reference_image", "identity", "identities", "response_format", "denoise"})
+_LEFT_OUT = frozenset({"reference_image", "identity", "identities", "response_format"})
 _FIRST = ("prompt", _PICTURES, "workflow")
 _SHORT: Mapping[str, str] = {"prompt": "-p", _PICTURES: "-r", "seed": "-s", "n": "-n", "size": "-S", "workflow": "-w"}
 _SPELT: Mapping[str, tuple[str, ...]] = {
     _PICTURES: ("--reference-image", "--reference"),
     "num_inference_steps": ("--steps", "--num-inference-steps"),
+    _LORAS: ("--lora",),
+    _CONTROLS: ("--control",),
+}
+_TEXTS: Mapping[str, str] = {
+    _PICTURES: "A picture of the person (PNG, JPEG, WebP). Give it again for more pictures of the same person; see --blend.",
+    _LORAS: "ID or ID:SCALE of a LoRA (`likeness loras list`). Give it again for more.",
+    _CONTROLS: "TYPE=PICTURE, like canny=house.jpg. Give it again for more; scales, windows and edits come in --body.",
 }
 
 Run = Callable[[dict[str, Any]], None]
@@ -34,7 +42,8 @@ def command(request: type[BaseModel], run: Run, extra: Mapping[str, Any]) -> Cal
     """
 
     def body(**values: Any) -> None:
-        run({name: value for name, value in values.items() if value is not None and value != []})
+        given = {name: value for name, value in values.items() if value is not None and value != []}
+        run({name: [_READ[name](item) for item in value] if name in _READ else value for name, value in given.items()})
 
     names = [*(name for name in _FIRST if name in request.model_fields), *(name for name in request.model_fields if name not in _FIRST)]
     parameters = [_option(name, request.model_fields[name]) for name in names if name not in _LEFT_OUT]
@@ -54,16 +63,32 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         flags[0] += f"/--no-{name.replace('_', '-')}"
     if name in _SHORT:
         flags.append(_SHORT[name])
-    text = field.description or ""
-    if name == _PICTURES:
-        text = "A picture of the person (PNG, JPEG, WebP). Give it again for more pictures of the same person; they are averaged."
+    text = _TEXTS.get(name, field.description or "")
     if field.is_required():
         text = f"{text} [needed, here or in --body]"
-    elif field.default not in (None, ""):
+    elif field.default not in (None, "") and name not in _TEXTS and field.default_factory is None:
         text = f"{text} [default: {field.default}]"
     info = typer.Option(*flags, help=text, show_default=False)
-    kind = list[Path] if name in PICTURE_FIELDS else annotation
+    kind: Any = Path if name in PICTURE_FIELDS else annotation
+    if name in _TEXTS:
+        kind = list[Path] if name == _PICTURES else list[str]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+
+
+def _lora(text: str) -> dict[str, Any]:
+    """`ID:SCALE`; a scale that is no number is the server's to refuse."""
+    name, _, scale = text.partition(":")
+    return {"id": name, **({"scale": scale} if scale else {})}
+
+
+def _control(text: str) -> dict[str, Any]:
+    kind, mark, picture = text.partition("=")
+    if not mark:
+        raise typer.BadParameter(f"{text!r} is not TYPE=PICTURE, like canny=house.jpg", param_hint="--control")
+    return {"type": kind, "image": Path(picture)}
+
+
+_READ: Mapping[str, Callable[[str], dict[str, Any]]] = {_LORAS: _lora, _CONTROLS: _control}
 
 
 def _plain(annotation: Any) -> Any:

@@ -11,7 +11,8 @@ import base64
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -22,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull
 from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
 from serve.attachments import PICTURE_FIELDS
+from serve.loras import LoraCalls, add_lora_routes
 from serve.presets import Preset, load_presets
 from serve.problem import MEDIA_TYPE, Problem, problem_of
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
@@ -35,7 +37,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _ADDRESS = {404: ("not_found", "There is no such address."), 405: ("method_not_allowed", "The address does not take this method.")}
 # Fields of a form whose text is JSON; the others are read from text as they are, so that a prompt may be a number.
-_STRUCTURED = frozenset({"identity", "identities", "reference_images"})
+_STRUCTURED = frozenset({"identity", "identities", "reference_images", "loras", "controls"})
 # A body has people, their pictures and a few fields: far fewer values, in far fewer levels. (Ray cannot send deep ones on.)
 _MOST_LEVELS, _MOST_VALUES = 16, 10_000
 # No number of bytes that a body may have is longer.
@@ -53,6 +55,7 @@ class Calls(Protocol):
     async def workflows(self) -> WorkflowsResponse: ...
     async def models(self) -> ModelsResponse: ...
     async def ready(self) -> dict[str, bool]: ...
+    async def lora(self, method: str, *args: Any) -> Any: ...
 
 
 class HandleCalls:
@@ -71,8 +74,18 @@ class HandleCalls:
         return call
 
 
-def api(calls: Calls, max_body_bytes: int, presets: Mapping[str, Preset] | None = None) -> FastAPI:
-    """The application. max_body_bytes: of a request; more is refused while it is read."""
+class LoraHandle:
+    """LoraCalls through the same handle: Workflows passes them on."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._calls.lora, name)
+
+
+def api(calls: Calls, max_body_bytes: int, max_lora_bytes: int = 2**30, presets: Mapping[str, Preset] | None = None) -> FastAPI:
+    """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; more is refused while it is read."""
     app = FastAPI(title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None)
     for kind in (LikenessError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
@@ -104,6 +117,7 @@ def api(calls: Calls, max_body_bytes: int, presets: Mapping[str, Preset] | None 
         _route(app, preset.endpoint, _named(calls, body, preset.name), preset.request_type, GenerateResponse, preset.description)
     _route(app, "/v1/faces/analyze", analyze, AnalyzeRequest, AnalyzeResponse, "The faces of a picture")
     _route(app, "/v1/faces/compare", compare, CompareRequest, CompareResponse, "Whether two pictures show the same person")
+    add_lora_routes(app, cast(LoraCalls, LoraHandle(calls)), max_lora_bytes)
     app.get("/v1/workflows")(workflows)
     app.get("/v1/models")(models)
     app.get("/healthz")(alive)

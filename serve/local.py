@@ -38,6 +38,6 @@ def local_handle(settings: AppSettings) -> Any:
 def local_client(settings: AppSettings | None = None) -> Iterator[Client]:
     """A client of the application in this process. settings: those of configs/serve/local.yaml unless given."""
     chosen = settings if settings is not None else load_settings("local")
-    app = api(HandleCalls(local_handle(chosen)), chosen.max_body_bytes)
+    app = api(HandleCalls(local_handle(chosen)), chosen.max_body_bytes, chosen.max_lora_bytes)
     with Client("http://likeness.local", transport=httpx.ASGITransport(app)) as client:
         yield client

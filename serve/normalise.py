@@ -1,8 +1,8 @@
-"""From a request to what is drawn: (GenerationSpec of each picture, PersonPictures of each identity), or a refusal.
+"""From a request to what is drawn: the GenerationSpec of each picture and the pictures that it needs, or a refusal.
 
 Everything that can be known without a model is decided here, before any is touched: whether workflow, method and base fit, whose
-defaults count (the order stands in serve/presets.py), sizes, windows, weights, licences. Reads the catalogue and the environment's
-licence policy; opens no picture (the bytes of references are passed on as they came) and knows no HTTP.
+defaults count (the order stands in serve/presets.py), sizes, windows, weights, licences. People are persons.py's, LoRAs and controls
+additions.py's. Reads the catalogue and the environment's licence policy; opens no reference picture and knows no HTTP.
 """
 
 from __future__ import annotations
@@ -10,25 +10,36 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple, cast
 
 from pydantic import ValidationError
 
 from deployments.catalog import Catalog, Entry, license_policy, refuse_licence
-from deployments.contracts import GenerationSpec, IdentityRequest, PersonPictures
-from deployments.denoisers.windows import active_steps
-from deployments.errors import InvalidImage, InvalidRequest, UnknownModel, UnsupportedCombination
-from deployments.images import DEFAULT_LIMITS, Limits, from_text
-from serve.presets import BASE_DECIDES, Preset, find, load_presets
+from deployments.contracts import ControlSource, GenerationSpec, Mask, PersonPictures
+from deployments.errors import InvalidRequest, UnsupportedCombination
+from deployments.images import DEFAULT_LIMITS, Limits
+from serve.additions import NO_POSE, beginning_of, controls_of, loras_of
+from serve.persons import identity_of, masks_of, people_of, pictures_of
+from serve.presets import Preset, find, load_presets
 from serve.problem import invalid
-from serve.schemas import STEP_SCALE, GenerateRequest, PersonInput, Window
+from serve.schemas import STEP_SCALE, GenerateRequest, PersonInput
+from serve.values import Values, refuse_empty
 
-# Where neither the catalogue nor a preset says anything.
-_FALLBACK: Mapping[str, Any] = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "true_cfg_start": 0.0, "max_sequence_length": 512}
 _SIDES_PX, _MAX_PIXELS = (64, 2048), 2048 * 2048
 _RANDOM_SEEDS = 2**32
+
+
+class Wanted(NamedTuple):
+    """A request, decided. specs: of the n pictures, which differ in their seeds alone. people: the references of each identity: identity k
+    of every spec is person k, and one person brought in by two methods is the same object twice. sources: what each control is made of;
+    begin: the encoded picture to begin from."""
+
+    specs: list[GenerationSpec]
+    people: list[PersonPictures]
+    sources: tuple[ControlSource, ...] = ()
+    begin: bytes | None = None
 
 
 def parse(workflow: str | None, body: Mapping[str, Any], presets: Mapping[str, Preset] | None = None) -> GenerateRequest:
@@ -53,12 +64,15 @@ def normalise(
     base: str,
     presets: Mapping[str, Preset] | None = None,
     limits: Limits = DEFAULT_LIMITS,
-) -> tuple[list[GenerationSpec], list[PersonPictures]]:
-    """The n pictures of a request on the base model with the id `base`, and the reference pictures of each identity in them.
+    *,
+    loras: Mapping[str, str] | None = None,
+    controls: Sequence[str] | None = None,
+) -> Wanted:
+    """What a request asks of the base model with the id `base`.
 
-    Identity k of every spec is person k of the list; one person brought in by two methods is the same object twice. Pure, except that a
-    seed is drawn where none is given. Raises InvalidRequest, InvalidImage, UnknownModel, UnsupportedCombination or LicenseRefused, with
-    the field under `details["param"]` where one is at fault.
+    loras: id -> sha256 of those that the caller may use. controls: ids of the deployed ControlNets; None: all that fit the base.
+    Pure, except that a seed is drawn where none is given. Raises InvalidRequest, InvalidImage, UnknownModel, UnsupportedCombination or
+    LicenseRefused, with the field under `details["param"]` where one is at fault.
     """
     presets = load_presets() if presets is None else presets
     request = body if isinstance(body, GenerateRequest) else parse(workflow, body, presets)
@@ -68,11 +82,18 @@ def normalise(
     if preset is not None and preset.family != entry.family:
         message = f"The workflow {preset.name} is for base models of the family {preset.family}; {base} is of {entry.family}."
         raise UnsupportedCombination(message, "Deploy a base model of that family, or choose another workflow.")
-    values = _Values(request, preset, entry)
-    people = list(_people(request, preset))
+    values = Values(request, preset, entry)
+    people = list(people_of(request, preset))
     width, height = _size(request, values, entry)
     steps = int(values.of("num_inference_steps"))
-    identities = tuple(_identity(person, where, values, catalog, entry, steps) for where, person in people)
+    masks = masks_of(people, (width, height), limits)
+    catalog.refuse_combination(entry.family, _present(request, people, masks))
+    identities = tuple(
+        identity_of(person, where, values, catalog, entry, steps, mask) for (where, person), mask in zip(people, masks, strict=True)
+    )
+    deployed = controls if controls is not None else [item.id for item in catalog.models.values() if item.role == "control"]
+    led = controls_of(request, preset.pose if preset else None, catalog, entry, deployed, steps, limits)
+    begin, strength = beginning_of(request, limits)
     seed = request.seed if request.seed is not None else secrets.randbelow(_RANDOM_SEEDS)
     specs = [
         GenerationSpec(
@@ -88,198 +109,59 @@ def normalise(
             seed=seed + k,
             max_sequence_length=int(values.of("max_sequence_length")),
             identities=identities,
+            loras=loras_of(request, loras or {}),
+            controls=led.requests,
+            strength=strength,
         )
         for k in range(request.n)
     ]
     if specs[0].needs_negative:
-        _refuse_empty("True CFG", "for none at all leave `true_cfg_scale` at 1", specs[0].true_cfg_start, 1.0, steps, "true_cfg_start")
-    return specs, _pictures(people, limits)
+        refuse_empty("True CFG", "for none at all leave `true_cfg_scale` at 1", specs[0].true_cfg_start, 1.0, steps, "true_cfg_start")
+    return Wanted(specs, pictures_of(people, limits), led.sources, begin)
 
 
-def recipe(spec: GenerationSpec, people: list[PersonPictures]) -> dict[str, Any]:
-    """Every value that changes the pixels of one picture, as JSON: what an answer returns and a picture file carries.
+def recipe(wanted: Wanted) -> dict[str, Any]:
+    """Every value that changes the pixels of the first picture, as JSON: what an answer returns and a picture file carries.
 
-    Reference pictures stand in it as the sha256 of their bytes, so the recipe of a picture is the same wherever it was asked for.
+    Pictures stand in it as the sha256 of their bytes, so the recipe of a picture is the same wherever it was asked for.
     """
+    spec, people, sources, begin = wanted.specs[0], wanted.people, wanted.sources, wanted.begin
     values = asdict(spec)
     values["identities"] = [
         {
             **{name: dict(value) if name == "options" else value for name, value in asdict(identity).items()},
-            "pictures": [hashlib.sha256(picture).hexdigest() for picture in person.pictures],
+            "mask": _digest(identity.mask.values) if identity.mask is not None else None,
+            "pictures": [_digest(picture) for picture in person.pictures],
             "face_index": person.face_index,
         }
         for identity, person in zip(spec.identities, people, strict=True)
     ]
+    values["controls"] = [
+        {**asdict(control), **asdict(source), "picture": _digest(source.picture) if source.picture is not None else None}
+        for control, source in zip(spec.controls, sources, strict=True)
+    ]
+    values["begin"] = _digest(begin) if begin is not None else None
     return values
 
 
-def entry_of(catalog: Catalog, method: str, base: str, version: str | None = None) -> Entry:
-    """The weights that do `method` on `base`, in that version where one is named. Raises as `Catalog.fitting`, also for other versions.
-
-    A version other than the default one is an entry of its own, whose family is `<method>-v<version>`: then `Catalog.fitting` finds it by
-    the family, and an identity's `method` is all that a server needs.
-    """
-    default = catalog.fitting(method, base)
-    if version is None or version == default.options.get("version"):
-        return default
-    others = [entry for entry in catalog.models.values() if entry.family == f"{default.family}-v{version}" and base in entry.fits]
-    if not others:
-        known = default.options.get("version")
-        there = f"The version on {base} is {known}." if known else f"{default.id} has no versions."
-        raise UnsupportedCombination(
-            f"There is no version {version} of {method} for {base}.", f"{there} Leave `version` out.", {"param": "version"}
-        )
-    return others[0]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Values:
-    """Whose default counts: the order of serve/presets.py, for one request on one base."""
-
-    request: GenerateRequest
-    preset: Preset | None
-    base: Entry
-
-    def of(self, name: str) -> Any:
-        """A field of the picture. Raises InvalidRequest where nobody says anything."""
-        for values in self._layers():
-            if values.get(name) is not None:
-                return values[name]
-        if name in _FALLBACK:
-            return _FALLBACK[name]
-        raise InvalidRequest(f"`{name}` has no default on {self.base.id}.", f"Give `{name}`.", {"param": name})
-
-    def of_person(self, name: str, person: PersonInput, entry: Entry, fallback: Any) -> Any:
-        """A field of identity. What the preset says counts for its own method only."""
-        own = self.preset is not None and entry.family in (self.preset.method, f"{self.preset.method}-v{person.version}")
-        layers = [person.model_dump(exclude_unset=True), *(self._advice() if own else []), entry.defaults]
-        return next((values[name] for values in layers if values.get(name) is not None), fallback)
-
-    def _layers(self) -> list[Mapping[str, Any]]:
-        style, bases, defaults = self._advice() or ({}, {}, {})
-        said = {name: getattr(self.request, name) for name in self.request.model_fields_set}
-        known = {name: value for name, value in self.base.defaults.items() if name in BASE_DECIDES}
-        return [said, style, bases, known, defaults]
-
-    def _advice(self) -> list[Mapping[str, Any]]:
-        if self.preset is None:
-            return []
-        style = self.request.style if self.request.style is not None else self.preset.defaults.get("style")
-        if style is not None and style not in self.preset.styles:
-            there = f"There are: {', '.join(self.preset.styles)}." if self.preset.styles else "Leave `style` out."
-            raise InvalidRequest(f"The workflow {self.preset.name} has no style {style!r}.", there, {"param": "style"})
-        return [self.preset.styles.get(str(style), {}), self.preset.bases.get(self.base.id, {}), self.preset.defaults]
+def _present(request: GenerateRequest, people: list[tuple[str, PersonInput]], masks: list[Mask | None]) -> set[str]:
+    """What of the catalogue's combinations a request holds."""
+    said = {
+        "loras": request.loras,
+        "controls": request.controls or request.pose_image or request.pose not in (None, NO_POSE),
+        "image": request.image,
+        "true_cfg": (request.true_cfg_scale or 1) > 1,
+        "people": len({tuple(person.images) for _, person in people}) > 1,
+        "masks": any(mask is not None for mask in masks),
+    }
+    return {cast(str, person.method) for _, person in people} | {name for name, there in said.items() if there}
 
 
-def _people(request: GenerateRequest, preset: Preset | None) -> Iterator[tuple[str, PersonInput]]:
-    """(path of the field, person with its method) of each person; the flat fields are one person."""
-    if request.style is not None and preset is None:
-        raise InvalidRequest("`style` is a workflow's, and the request names none.", "Name a `workflow`.", {"param": "style"})
-    default = preset.method if preset else None
-    if request.identities is not None or request.identity is not None:
-        people = request.identities or [cast(PersonInput, request.identity)]
-        for index, person in enumerate(people):
-            where = "identity" if request.identities is None else f"identities[{index}]"
-            yield where, _with_method(person, default, where)
-        return
-    flat = {name: getattr(request, name) for name in Window.model_fields if name in request.model_fields_set}
-    images = request.reference_images or ([request.reference_image] if request.reference_image else None)
-    if images is not None:
-        where = "reference_images" if request.reference_images else "reference_image"
-        yield where, _with_method(PersonInput.model_validate({"images": images, **flat}), default, where)
-    elif default is not None:
-        raise InvalidRequest("A picture of the person is needed.", "Give `reference_image`.", {"param": "reference_image"})
-    elif flat:
-        raise InvalidRequest(f"`{min(flat)}` needs a person.", "Give `reference_image` and a `workflow`.", {"param": min(flat)})
-
-
-def _with_method(person: PersonInput, default: str | None, where: str) -> PersonInput:
-    if person.method is not None:
-        return person
-    if default is None:
-        remedy = "Give `method` inside `identities`, or name a `workflow`, which has one."
-        raise InvalidRequest(f"`{where}`: nothing says by which method this person comes into the picture.", remedy, {"param": where})
-    return person.model_copy(update={"method": default})
-
-
-def _identity(person: PersonInput, where: str, values: _Values, catalog: Catalog, base: Entry, steps: int) -> IdentityRequest:
-    prefix = "" if where.startswith("reference") else f"{where}."
-    try:
-        entry = entry_of(catalog, cast(str, person.method), base.id, person.version)
-    except (UnknownModel, UnsupportedCombination) as error:
-        details = {**error.details, "param": f"{prefix}{error.details.get('param', 'method')}"}
-        raise type(error)(error.message, error.remedy, details) from error
-    refuse_licence(entry, license_policy())
-    start, end = _window(person, entry, values, steps, prefix)
-    weight = _weight(person, entry, values, prefix)
-    if weight:
-        said = next((name for name in ("start", "start_step", "end") if getattr(person, name) is not None), "start")
-        _refuse_empty("Identity", "for no identity at all use weight 0", start, end, steps, f"{prefix}{said}")
-    version = entry.options.get("version")
-    return IdentityRequest(
-        method=entry.family,
-        version=str(version) if version is not None else None,
-        weight=weight,
-        start=start,
-        end=end,
-        options=_options(person, entry, values, prefix),
-    )
-
-
-def _weight(person: PersonInput, entry: Entry, values: _Values, prefix: str) -> float:
-    weight = float(values.of_person("weight", person, entry, 1.0))
-    low, high = cast(tuple[float, float], entry.options.get("weight_range", (0, 1)))
-    if not low <= weight <= high:
-        message = f"`{prefix}weight` is {weight:g}; {entry.family} takes {low:g} to {high:g}."
-        raise InvalidRequest(message, f"Choose a weight from {low:g} to {high:g}.", {"param": f"{prefix}weight"})
-    return weight
-
-
-def _window(person: PersonInput, entry: Entry, values: _Values, steps: int, prefix: str) -> tuple[float, float]:
-    """Percents of the schedule. Whoever says `start` or `start_step` first, in the order of values, decides the beginning."""
-    start, step = person.start, person.start_step
-    if step is not None and step >= steps:
-        message = f"`{prefix}start_step` is {step}, and the picture is drawn in {steps} steps (0 to {steps - 1})."
-        raise InvalidRequest(message, "Choose an earlier step; for no identity at all use weight 0.", {"param": f"{prefix}start_step"})
-    if start is None and step is None:
-        start = values.of_person("start", person, entry, None)
-        # Advice for twenty steps and more must not leave a picture of five without identity.
-        step = min(int(values.of_person("start_step", person, entry, 0)), steps // 2)
-    if start is None:
-        start = cast(int, step) / steps
-    end = float(values.of_person("end", person, entry, 1.0))
-    if start >= end:
-        message = f"Identity would begin at {start:g} of the schedule and end at {end:g}."
-        raise InvalidRequest(message, "Let it begin earlier; for no identity at all use weight 0.", {"param": f"{prefix}end"})
-    return float(start), end
-
-
-def _refuse_empty(what: str, way_out: str, start: float, end: float, steps: int, param: str) -> None:
-    """Refuses a window in which no step lies wholly: what was asked for would be left out without a word."""
-    if active_steps(steps, start, end):
-        return
-    message = f"{what} would act from {start:g} to {end:g} of the schedule, which holds none of the picture's {steps} steps whole."
-    remedy = f"Step i of {steps} goes from i / {steps} to (i + 1) / {steps}: widen the window, or take more steps; {way_out}."
-    raise InvalidRequest(message, remedy, {"param": param, "steps": steps})
-
-
-def _options(person: PersonInput, entry: Entry, values: _Values, prefix: str) -> dict[str, str | float]:
-    """What only this method knows: `weight_type`, where the catalogue lists some."""
-    kinds = cast(list[str], entry.options.get("weight_types", []))
-    if not kinds:
-        if person.weight_type is not None:
-            raise InvalidRequest(
-                f"`{prefix}weight_type`: {entry.family} has none.", "Leave `weight_type` out.", {"param": f"{prefix}weight_type"}
-            )
-        return {}
-    chosen = str(values.of_person("weight_type", person, entry, kinds[0]))
-    if chosen not in kinds:
-        message = f"`{prefix}weight_type` is {chosen!r}, which {entry.family} does not know."
-        raise InvalidRequest(message, f"Choose {', '.join(kinds)}.", {"param": f"{prefix}weight_type", "choices": kinds})
-    return {"weight_type": chosen}
-
-
-def _size(request: GenerateRequest, values: _Values, base: Entry) -> tuple[int, int]:
+def _size(request: GenerateRequest, values: Values, base: Entry) -> tuple[int, int]:
     """(width, height) in pixels, as the request says it in one of its three ways, or by default; within the base's limits."""
     param = next((name for name in ("size", "aspect_ratio") if getattr(request, name) is not None), "width")
     default = int(values.of("width")), int(values.of("height"))
@@ -311,26 +193,3 @@ def _of_ratio(ratio: str, pixels: int) -> tuple[int, int]:
     exact = math.sqrt(pixels * across / down), math.sqrt(pixels * down / across)
     width, height = (max(STEP_SCALE, round(side / STEP_SCALE) * STEP_SCALE) for side in exact)
     return width, height
-
-
-def _pictures(people: list[tuple[str, PersonInput]], limits: Limits) -> list[PersonPictures]:
-    known: dict[tuple[object, ...], PersonPictures] = {}
-    result = []
-    for where, person in people:
-        pictures = tuple(_picture(text, _place(where, index), limits) for index, text in enumerate(person.images))
-        key = (pictures, person.face_index)
-        result.append(known.setdefault(key, PersonPictures(pictures, person.face_index)))
-    return result
-
-
-def _place(where: str, index: int) -> str:
-    if where.startswith("identit"):
-        return f"{where}.images[{index}]"
-    return where if where == "reference_image" else f"{where}[{index}]"
-
-
-def _picture(text: str, where: str, limits: Limits) -> bytes:
-    try:
-        return from_text(text, limits)
-    except InvalidImage as error:
-        raise InvalidImage(f"`{where}`: {error.message}", error.remedy, {**error.details, "param": where}) from error

@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
+from deployments.controls.framing import Framing
 from deployments.errors import InvalidCatalog, InvalidRequest
 from serve.schemas import GenerateRequest, Strict, Window
 
@@ -39,12 +40,25 @@ class _Body(Strict):
     ALIASES = GenerateRequest.ALIASES
 
 
+class PoseAdvice(BaseModel):
+    """The pose of a workflow. framings: of the prompt, at which a pose of the bank is taken where the request says none ("choose per
+    frame, not globally"). scale, start, end: of any pose control that the request does not spell out itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    framings: tuple[Framing, ...] = ()
+    scale: float | None = None
+    start: float | None = None
+    end: float | None = None
+
+
 class Preset(BaseModel):
     """One workflow. The file's name is its `name`.
 
     description: what it does, in a sentence or two. advice: which field to change when, a paragraph a symptom (`--help`, OpenAPI).
     family: of base models. method: of identity, None for a workflow without people. fields: which fields of identity it shows.
     defaults, bases, styles: values of request fields, see the module's order. help: what a field means here, for `--help` and OpenAPI.
+    pose: what it does about poses. expects: fields without which it is not what it is made for: their absence is a warning of the answer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,11 +73,13 @@ class Preset(BaseModel):
     bases: Mapping[str, Mapping[str, JsonValue]] = {}
     styles: Mapping[str, Mapping[str, JsonValue]] = {}
     help: Mapping[str, str] = {}
+    pose: PoseAdvice | None = None
+    expects: Mapping[str, str] = {}
 
     @model_validator(mode="after")
     def _speaks_of_fields(self) -> Self:
         offered = {*self.fields, *_ALWAYS_SHOWN}
-        spoken = {*self.defaults, *self.help, *(name for values in self.bases.values() for name in values)}
+        spoken = {*self.defaults, *self.help, *self.expects, *(name for values in self.bases.values() for name in values)}
         for name in [*self.fields, *sorted(spoken)]:
             if name not in GenerateRequest.model_fields or name not in offered:
                 raise ValueError(f"{name!r} is no field that this workflow shows")

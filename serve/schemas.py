@@ -18,10 +18,15 @@ ResponseFormat = Literal["b64_json", "file"]
 Percent = Annotated[float, Field(ge=0, le=1)]
 Picture = Annotated[str, Field(min_length=1, description="A PNG, JPEG or WebP as `data:image/png;base64,...` or as bare base64.")]
 Face = Annotated[int, Field(ge=0)] | Literal["largest"]
+Region = Literal["left", "right", "top", "bottom", "left_third", "middle_third", "right_third", "centre"]
+Box = tuple[Percent, Percent, Percent, Percent]
+Blend = Literal["mean", "quality", "concat", "norm", "max_token"]
 
 MAX_PICTURES = 8
 MAX_REFERENCES = 20
 MAX_PEOPLE = 8
+MAX_LORAS = 8
+MAX_CONTROLS = 4
 # The largest whole number that every JSON reader keeps (IEEE 754 doubles), less room for the pictures after the first.
 MAX_SEED = 2**53 - 1 - MAX_PICTURES
 STEP_SCALE = 16
@@ -32,7 +37,6 @@ _PERSON_ALIASES: Mapping[str, str] = {
     "start_percent": "start",
     "end_at": "end",
     "end_percent": "end",
-    "strength": "weight",
     "id_weight": "weight",
 }
 
@@ -93,6 +97,16 @@ class Window(Strict):
     )
     weight_type: str | None = Field(default=None, description="XLabs only: how the weight runs over the blocks of the model.")
     version: str | None = Field(default=None, description="Of the method's weights, where there are several (PuLID: 0.9.1, 0.9.0).")
+    blend: Blend | None = Field(
+        default=None,
+        description="How several references become one: mean; quality (sharp, large, frontal ones count more); concat; norm; max_token.",
+    )
+    downsampling: int | None = Field(
+        default=None,
+        ge=1,
+        le=5,
+        description="Redux only: 1 copies the reference, 3 keeps its mood, 5 little; the prompt gains what it loses.",
+    )
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Window:
@@ -103,15 +117,76 @@ class Window(Strict):
         return self
 
 
-class PersonInput(Window):
-    """One person: who it is (pictures), which method brings them in, how strongly and when."""
+class LoraInput(Strict):
+    """A LoRA that was added before (`POST /v1/loras`)."""
 
-    ALIASES: ClassVar[Mapping[str, str]] = {**_PERSON_ALIASES, "reference_images": "images"}
+    ALIASES: ClassVar[Mapping[str, str]] = {"weight": "scale", "strength": "scale", "lora_id": "id"}
+
+    id: str = Field(min_length=1, max_length=100, description="Its id, as `GET /v1/loras` lists it.")
+    scale: float = Field(default=1.0, ge=-4, le=4, description="How strongly it acts; 0 is exactly without it.")
+
+
+class ControlInput(Strict):
+    """One control: what of the picture is fixed beforehand, by which picture or pose, how strongly and when."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "mode": "type",
+        "weight": "scale",
+        "strength": "scale",
+        "start_percent": "start",
+        "end_percent": "end",
+    }
+
+    type: str = Field(
+        description="What the control fixes: pose, canny, depth, tile, blur, gray, low_quality, soft_edge; as the model has it."
+    )
+    image: Picture | None = Field(default=None, description="The picture that it is taken from.")
+    prepared: bool = Field(default=False, description="The picture is a skeleton, edges or a depth map already, and is taken as it is.")
+    pose: str | None = Field(
+        default=None, description="For type pose, in place of a picture: a pose by name, or `auto`, by the prompt's framing."
+    )
+    edits: list[dict[str, Any]] = Field(
+        default_factory=list,
+        max_length=16,
+        description='Changes to the pose, in order, like {"arm": "left", "angle": 160} or {"head_room": 0.18}.',
+    )
+    scale: float | None = Field(default=None, ge=0, le=2, description="How strongly it acts; 0 is exactly without it.")
+    start: Percent | None = Field(default=None, description="Part of the schedule (0 to 1) from which it acts.")
+    end: Percent | None = Field(default=None, description="Part of the schedule (0 to 1) up to which it acts.")
+    model: str | None = Field(default=None, description="Which ControlNet, where several are deployed that know the type.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ControlInput:
+        if (self.image is None) == (self.pose is None):
+            raise ValueError("give either `image` or, for type pose, the name of a `pose`")
+        if self.pose is not None and self.type != "pose":
+            raise ValueError(f"a `pose` is for type pose, not for {self.type}; give an `image`")
+        if self.edits and self.type != "pose":
+            raise ValueError(f"`edits` are for type pose, not for {self.type}")
+        return self
+
+
+class PersonInput(Window):
+    """One person: who it is (pictures), which method brings them in, how strongly, when and where."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {**_PERSON_ALIASES, "strength": "weight", "reference_images": "images"}
 
     method: str | None = Field(default=None, description="`pulid` or `xlabs-ip-adapter-v2`; the workflow's own where it has one.")
     images: list[Picture] = Field(
-        min_length=1, max_length=MAX_REFERENCES, description="Pictures of this one person; more than one are averaged."
+        min_length=1, max_length=MAX_REFERENCES, description="Pictures of this one person; see `blend` for more than one."
     )
+    region: Region | Box | None = Field(
+        default=None,
+        description="Where in the picture this person is: a name, or the corners [x0, y0, x1, y1] of a box, 0 to 1 from the top left.",
+    )
+    mask: Picture | None = Field(
+        default=None, description="Where in the picture this person is, as a picture of its shape: white is here, black is not."
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> PersonInput:
+        _refuse_several(self, "region", "mask")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -132,6 +207,8 @@ class GenerateRequest(Window):
 
     ALIASES: ClassVar[Mapping[str, str]] = {
         **_PERSON_ALIASES,
+        "denoise": "strength",
+        "init_image": "image",
         "steps": "num_inference_steps",
         "true_cfg": "true_cfg_scale",
         "guidance": "guidance_scale",
@@ -187,8 +264,20 @@ class GenerateRequest(Window):
     )
     n: int = Field(default=1, ge=1, le=MAX_PICTURES, description="Number of pictures; picture k has the seed seed + k.")
     max_sequence_length: int | None = Field(default=None, ge=1, le=512, description="Tokens of the prompt that are read (T5).")
-    denoise: float = Field(
-        default=1.0, ge=0, le=1, description="Share of the picture that is drawn anew; without a picture to begin from it is 1."
+    image: Picture | None = Field(default=None, description="A picture to begin from; `strength` says how much of it is drawn anew.")
+    strength: float | None = Field(
+        default=None, gt=0, le=1, description="Share of `image` that is drawn anew, 0.6 by default; without a picture it is 1."
+    )
+    loras: list[LoraInput] = Field(default_factory=list, max_length=MAX_LORAS, description="LoRAs, added up by their scales.")
+    controls: list[ControlInput] = Field(
+        default_factory=list, max_length=MAX_CONTROLS, description="What is fixed beforehand: pose, edges, depth. Several act together."
+    )
+    pose: str | None = Field(
+        default=None,
+        description="A pose by name, `auto` for the one of the prompt's framing, or `none`; short for a control of type pose.",
+    )
+    pose_image: Picture | None = Field(
+        default=None, description="A picture whose pose is taken over, or a drawn skeleton; short for a control of type pose."
     )
     output_format: OutputFormat = Field(default="png", description="Kind of picture file.")
     response_format: ResponseFormat = Field(
@@ -212,9 +301,19 @@ class GenerateRequest(Window):
         return self
 
     @model_validator(mode="after")
-    def _drawn_from_noise(self) -> GenerateRequest:
-        if self.denoise != 1:
-            raise ValueError("`denoise` below 1 keeps part of a picture to begin from, and there is none; leave it out")
+    def _begins_somewhere(self) -> GenerateRequest:
+        if self.image is None and self.strength not in (None, 1):
+            raise ValueError("`strength` below 1 keeps part of a picture to begin from, and there is none; leave it out, or give `image`")
+        return self
+
+    @model_validator(mode="after")
+    def _one_pose(self) -> GenerateRequest:
+        _refuse_several(self, "pose", "pose_image")
+        if (self.pose or self.pose_image) and any(control.type == "pose" for control in self.controls):
+            raise ValueError("`pose` and a control of type pose say the same thing; give one of them")
+        ids = [lora.id for lora in self.loras]
+        if len(set(ids)) < len(ids):
+            raise ValueError("`loras` names the same LoRA twice; give it once, with the sum of the scales")
         return self
 
 

@@ -11,11 +11,14 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deployments.control_server import ControlSettings
+from deployments.denoiser_server import DenoiserSettings
 from deployments.errors import InvalidCatalog
 from deployments.face_server import FaceSettings
 from deployments.hardware import TorchSettings
 from deployments.images import DEFAULT_LIMITS, Limits
 from deployments.prompt_server import PromptSettings
+from deployments.store.settings import StoreSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "serve"
 _GPU_CLASS_LABEL = "gpu-class"
@@ -80,6 +83,13 @@ class FacePool(_Strict):
     pool: Pool = Pool(max_ongoing_requests=2)
 
 
+class ControlPool(_Strict):
+    """ControlServer."""
+
+    models: ControlSettings = ControlSettings(keypoints="body-keypoints-mini")
+    pool: Pool = Pool(max_ongoing_requests=2)
+
+
 class TorchPool(_Strict):
     """A deployment whose process computes with torch. torch: what that may use of the machine, within what the pool reserves."""
 
@@ -109,6 +119,7 @@ class IdentityPool(TorchPool):
 class DenoiserPool(TorchPool):
     """DenoiserServer. One transformer draws one picture at a time, so more ongoing requests would only wait inside."""
 
+    torch: DenoiserSettings = DenoiserSettings()
     pool: Pool = Pool(max_ongoing_requests=1, max_queued_requests=32, graceful_shutdown_s=120)
 
     @property
@@ -136,22 +147,29 @@ class PictureLimits(_Strict):
 
 
 class AppSettings(_Strict):
-    """base: the catalogue's id of the base model; methods: of the identity methods that fit it and are deployed with it.
+    """base: the catalogue's id of the base model; methods: of the identity methods that fit it and are deployed with it; controlnets: of
+    its ControlNets.
 
     workflows, ingress: these hold connections and no models; thousands may wait. limits: of reference pictures, where they are
-    opened; max_body_bytes: of a request. output_folder: where `response_format: file` writes; None refuses it.
+    opened; max_body_bytes: of a request; max_lora_bytes: of a LoRA's file. store: where LoRAs are kept. output_folder: where
+    `response_format: file` writes; None refuses it.
     """
 
     base: str = "flux1-mini"
     methods: tuple[str, ...] = ("pulid-mini", "xlabs-ip-adapter-mini")
+    controlnets: tuple[str, ...] = ("flux1-mini-controlnet-union",)
     faces: FacePool = FacePool()
+    controls: ControlPool = ControlPool()
     prompts: PromptPool = PromptPool()
     identity: IdentityPool = IdentityPool()
+    loras: Pool = Pool(max_ongoing_requests=4, max_queued_requests=16)
     denoiser: DenoiserPool = DenoiserPool()
     workflows: Pool = Pool(max_ongoing_requests=512, max_queued_requests=1024)
     ingress: Pool = Pool(max_ongoing_requests=1024, max_queued_requests=2048)
     limits: PictureLimits = PictureLimits()
     max_body_bytes: int = Field(default=64 * 2**20, ge=2**10)
+    store: StoreSettings = StoreSettings()
+    max_lora_bytes: int = Field(default=2**30, ge=2**10)
     output_folder: str | None = None
 
 

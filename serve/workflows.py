@@ -2,7 +2,9 @@
 
     reference pictures -> FaceServer.people ---> IdentityServer.encode --+
     prompt -------------> PromptServer.encode ---------------------------+--> DenoiserServer.generate -> picture
-                                                                               FaceServer.scores <-----------+
+    controls, pictures -> ControlServer.prepare -------------------------+                                  |
+    LoRAs --------------> LoraServer.find (their hashes, in the spec) ---+                                  |
+                                                                               FaceServer.scores <----------+
 
 What one deployment answers is handed on to the next unawaited, so that it travels from replica to replica; only pictures and scores
 come here.
@@ -16,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -25,36 +28,32 @@ from pydantic import BaseModel, ValidationError
 
 from deployments import images
 from deployments.catalog import Entry, load_catalog
-from deployments.contracts import RGB, Drawn, Face, GenerationSpec, Identities, IdentityRequest, Need, PersonPictures, Progress
+from deployments.contracts import RGB, Drawn, GenerationSpec, Guides, Identities, IdentityRequest, Need, PersonPictures, Progress
 from deployments.errors import InvalidRequest, MultipleFaces, QueueFull, UnsupportedCombination
+from deployments.store.settings import EVERYBODY
 from serve.answers import (
     AnalyzeResponse,
     CompareResponse,
-    FaceInfo,
     GenerateResponse,
     ImageItem,
     LicenceInfo,
     ModelInfo,
     ModelsResponse,
-    Score,
-    Verdict,
-    WorkflowInfo,
     WorkflowsResponse,
 )  # fmt: skip
-from serve.normalise import entry_of, normalise, parse, recipe
-from serve.presets import Preset, load_presets
+from serve.normalise import Wanted, normalise, parse, recipe
+from serve.persons import entry_of
+from serve.presets import load_presets
 from serve.problem import invalid
+from serve.reports import face_info, left_out, scores_of, warnings_of, workflows_of
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
 from serve.settings import AppSettings
 
 if TYPE_CHECKING:
-    from deployments.faces.comparison import Likeness
+    pass
 
 Handle = Any
 """A DeploymentHandle. Its types say neither what a method answers nor that a stream can be read."""
-
-SAME_PERSON_FROM = 0.3
-"""Cosine from which two faces count as one person's, unless a request says otherwise."""
 
 
 class _Seconds:
@@ -88,16 +87,19 @@ class Workflows:
         faces: Handle,
         prompts: Handle,
         identity: Handle,
+        controls: Handle,
+        loras: Handle,
         denoiser: Handle,
     ) -> None:
         self._settings, self._limits = settings, settings.limits.value
         self._catalog, self._presets = load_catalog(), load_presets()
-        self._faces, self._prompts, self._identity = faces, prompts, identity
+        self._faces, self._prompts, self._identity, self._controls, self._loras = faces, prompts, identity, controls, loras
         self._denoiser = denoiser.options(stream=True)
         self._room, self._inside = settings.denoiser.room, 0
         self._served = [
             settings.base,
             *settings.methods,
+            *settings.controlnets,
             settings.faces.models.faces,
             settings.faces.models.judge,
             settings.faces.models.parser,
@@ -124,13 +126,14 @@ class Workflows:
         request = await asyncio.to_thread(parse, workflow, body, self._presets)
         if request.response_format == "file" and self._settings.output_folder is None:
             raise InvalidRequest("This server writes no files.", "Ask for response_format b64_json.", {"param": "response_format"})
-        specs, persons = await asyncio.to_thread(normalise, None, request, self._catalog, self._settings.base, self._presets, self._limits)
-        first = specs[0]
+        wanted = await self._wanted(request)
+        specs, first = wanted.specs, wanted.specs[0]
         # The pictures of a request differ in nothing but the seed, and every reference is hashed for it: made once.
-        made = await asyncio.to_thread(recipe, first, persons)
+        made = await asyncio.to_thread(recipe, wanted)
         if request.output_format == "jpeg":  # which may have no room for the recipe: known now, not after the drawing
             images.parameters_text({**made, "seed": specs[-1].seed}, request.output_format)
-        party = self._party(first.identities, tuple(persons), request.scores)
+        party = self._party(first.identities, tuple(wanted.people), request.scores)
+        guides = self._guides(wanted)
         texts = (first.prompt, first.negative_prompt) if first.needs_negative else (first.prompt,)
         unread = self._prompts.unread.remote(texts, first.max_sequence_length)
         prompts = self._prompts.encode.remote(texts, first.max_sequence_length)
@@ -138,7 +141,7 @@ class Workflows:
         finishing: list[asyncio.Task[ImageItem]] = []
         try:
             for spec in specs:
-                drawn = await self._drawn(spec, party.identities, prompts)
+                drawn = await self._drawn(spec, party.identities, prompts, guides)
                 # What went before the drawing is shared by all pictures of a request.
                 seconds.add(drawn.seconds if spec is first else {stage: drawn.seconds[stage] for stage in ("denoise", "decode")})
                 finishing.append(asyncio.create_task(self._finished(drawn.picture, {**made, "seed": spec.seed}, party, request, seconds)))
@@ -148,7 +151,25 @@ class Workflows:
                 task.cancel()
             raise
         seconds.add({"total": time.perf_counter() - started})
-        return self._answer(first, made, request, items, seconds.spent, await unread)
+        warnings = [*warnings_of(request, self._presets, first, await unread), *left_out(drawn)]
+        return self._answer(first, made, request, items, seconds.spent, warnings)
+
+    async def _wanted(self, request: GenerateRequest) -> Wanted:
+        settings = self._settings
+        decide = partial(normalise, None, request, self._catalog, settings.base, self._presets, self._limits)
+        known = await self._loras.find.remote([lora.id for lora in request.loras], EVERYBODY) if request.loras else ()
+        return await asyncio.to_thread(decide, loras={info.id: info.sha256 for info in known}, controls=settings.controlnets)
+
+    async def lora(self, method: str, *args: Any) -> Any:
+        """A method of LoraServer, for the routes of `/v1/loras`: whoever holds this handle needs no other."""
+        return await getattr(self._loras, method).remote(*args)
+
+    def _guides(self, wanted: Wanted) -> Any:
+        """What the control server will answer; nothing is asked of it where there is nothing to prepare."""
+        if not wanted.sources and wanted.begin is None:
+            return Guides()
+        first = wanted.specs[0]
+        return self._controls.prepare.remote(wanted.sources, wanted.begin, first.width, first.height)
 
     async def analyze(self, body: Mapping[str, Any]) -> AnalyzeResponse:
         """Every face of a picture."""
@@ -160,7 +181,7 @@ class Workflows:
         return AnalyzeResponse(
             width=found.size[0],
             height=found.size[1],
-            faces=[_face(index, face) for index, face in enumerate(found.faces)],
+            faces=[face_info(index, face) for index, face in enumerate(found.faces)],
             models=[entry.id for entry in used],
             licences=[LicenceInfo.of(entry) for entry in used],
         )
@@ -187,16 +208,20 @@ class Workflows:
         )
 
     async def workflows(self) -> WorkflowsResponse:
-        base = self._catalog.entry(self._settings.base)
-        methods = [self._catalog.entry(name).family for name in self._settings.methods]
-        return WorkflowsResponse(workflows=[self._workflow(preset, base) for preset in self._presets.values()], methods={base.id: methods})
+        return workflows_of(self._catalog, self._presets, self._settings)
 
     async def models(self) -> ModelsResponse:
         return ModelsResponse(data=[ModelInfo.of(entry, entry.id in self._served) for entry in self._catalog.models.values()])
 
     async def ready(self) -> dict[str, bool]:
         """Whether each deployment answers. Raises what its replicas raise."""
-        parts = {"faces": self._faces, "prompts": self._prompts, "identity": self._identity}
+        parts = {
+            "faces": self._faces,
+            "prompts": self._prompts,
+            "identity": self._identity,
+            "controls": self._controls,
+            "loras": self._loras,
+        }
         answers = await asyncio.gather(*(handle.ready.remote() for handle in parts.values()))
         return dict(zip(parts, answers, strict=True))
 
@@ -207,21 +232,24 @@ class Workflows:
     def _party(self, identities: Sequence[IdentityRequest], persons: tuple[PersonPictures, ...], scores: bool) -> _Party:
         if not persons:
             return _Party(None, Identities())
-        need = {part for identity in identities for part in self._needs(identity)} | ({"judge"} if scores else set())
+        pairs = zip(identities, persons, strict=True)
+        need = {part for identity, person in pairs for part in self._needs(identity, person)} | ({"judge"} if scores else set())
         people = self._faces.people.remote(persons, tuple(sorted(need)))
         return _Party(people, self._identity.encode.remote(people, tuple(identities)))
 
-    def _needs(self, identity: IdentityRequest) -> tuple[Need, ...]:
+    def _needs(self, identity: IdentityRequest, person: PersonPictures) -> tuple[Need, ...]:
         """Raises UnsupportedCombination for a method that fits but is not deployed: here, since nothing has been asked of a model yet."""
         entry = entry_of(self._catalog, identity.method, self._settings.base, identity.version)
         if entry.id not in self._settings.methods:
             there = ", ".join(self._settings.methods) or "none"
             raise UnsupportedCombination(f"{entry.id} is not deployed on this server.", f"Deployed are: {there}.", {"param": "method"})
-        return cast(tuple[Need, ...], tuple(cast(Sequence[str], entry.options.get("need", ()))))
+        # Several pictures are compared with one another: a stranger among them is left out.
+        compared = ("embedding",) if len(person.pictures) > 1 else ()
+        return cast(tuple[Need, ...], (*cast(Sequence[str], entry.options.get("need", ())), *compared))
 
-    async def _drawn(self, spec: GenerationSpec, identities: Any, prompts: Any) -> Drawn:
+    async def _drawn(self, spec: GenerationSpec, identities: Any, prompts: Any, guides: Any) -> Drawn:
         """Reads the denoiser's stream to its end. Whoever leaves earlier stops the drawing."""
-        stream = self._denoiser.generate.remote(spec, identities, prompts)
+        stream = self._denoiser.generate.remote(spec, identities, prompts, guides)
         drawn: Drawn | None = None
         try:
             async for event in stream:
@@ -255,7 +283,7 @@ class Workflows:
             width=made["width"],
             height=made["height"],
             format=request.output_format,
-            scores=[score for person, likeness in enumerate(likenesses) for score in _scores(person, likeness)],
+            scores=[score for person, likeness in enumerate(likenesses) for score in scores_of(person, likeness)],
         )
 
     def _kept(self, content: bytes, suffix: str) -> str:
@@ -278,10 +306,9 @@ class Workflows:
         request: GenerateRequest,
         items: list[ImageItem],
         seconds: Mapping[str, float],
-        unread: Sequence[str],
+        warnings: list[str],
     ) -> GenerateResponse:
         entries = self._used(spec, request.scores and bool(spec.identities))
-        names = ("prompt", "negative_prompt")
         return GenerateResponse(
             created=int(time.time()),
             model=spec.base,
@@ -290,10 +317,7 @@ class Workflows:
             models=[entry.id for entry in entries],
             licences=[LicenceInfo.of(entry) for entry in entries],
             request=made,
-            warnings=[
-                *(f"The end of `{name}` was not read: {rest!r}." for name, rest in zip(names, unread, strict=False) if rest),
-                *(["`negative_prompt` has no effect while `true_cfg_scale` is 1."] if _unheard(spec) else []),
-            ],
+            warnings=warnings,
         )
 
     def _used(self, spec: GenerationSpec, scored: bool) -> list[Entry]:
@@ -301,21 +325,9 @@ class Workflows:
         models = self._settings.faces.models
         methods = [entry_of(self._catalog, identity.method, spec.base, identity.version).id for identity in spec.identities]
         faces = [models.faces, models.parser] if methods else []
-        names = dict.fromkeys([spec.base, *methods, *faces, *([models.judge] if scored else [])])
+        controls = [control.model for control in spec.controls if control.scale]
+        names = dict.fromkeys([spec.base, *methods, *controls, *faces, *([models.judge] if scored else [])])
         return [self._catalog.entry(name) for name in names]
-
-    def _workflow(self, preset: Preset, base: Entry) -> WorkflowInfo:
-        return WorkflowInfo(
-            name=preset.name,
-            description=preset.description,
-            advice=preset.advice,
-            endpoint=preset.endpoint,
-            family=preset.family,
-            method=preset.method,
-            bases=[base.id] if base.family == preset.family else [],
-            defaults={**preset.defaults, **base.defaults, **preset.bases.get(base.id, {})},
-            request_schema=preset.request_type.model_json_schema(),
-        )
 
 
 def _parsed(kind: type[_Body], body: Mapping[str, Any]) -> _Body:
@@ -323,33 +335,3 @@ def _parsed(kind: type[_Body], body: Mapping[str, Any]) -> _Body:
         return kind.model_validate(body)
     except ValidationError as error:
         raise invalid(error) from error
-
-
-def _unheard(spec: GenerationSpec) -> bool:
-    return bool(spec.negative_prompt) and not spec.needs_negative
-
-
-def _face(index: int, face: Face) -> FaceInfo:
-    x0, y0, x1, y1 = (float(edge) for edge in face.box)
-    return FaceInfo(
-        index=index,
-        box=(x0, y0, x1, y1),
-        score=face.score,
-        landmarks=[(float(x), float(y)) for x, y in face.landmarks],
-        age=face.age,
-        sex=face.sex,
-        embedding=face.judge_embedding.tolist() if face.judge_embedding is not None else None,
-    )
-
-
-def _scores(person: int, likeness: Likeness) -> list[Score]:
-    return [
-        Score(person=person, reference=reference, cosine=cosine, verdict=_verdict(cosine))
-        for reference, cosine in enumerate(likeness.cosines)
-    ]
-
-
-def _verdict(cosine: float | None) -> Verdict:
-    if cosine is None:
-        return "no_face"
-    return "same" if cosine >= SAME_PERSON_FROM else "different"

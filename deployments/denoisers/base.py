@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from deployments.contracts import Drawn, GenerationSpec, IdentityTokens, Progress, PromptEmbeds
+from deployments.contracts import Drawn, GenerationSpec, Guides, IdentityTokens, Progress, PromptEmbeds
 
 OnStep = Callable[[Progress], None]
 """Called in the drawing thread after every step; what it does delays the next one."""
 Cancelled = Callable[[], bool]
 """Whether nobody wants the picture any more; asked before every forward, so it must be quick."""
+
+
+NO_GUIDES = Guides()
 
 
 def ignored(progress: Progress) -> None:
@@ -30,6 +33,7 @@ class Denoiser(Protocol):
         spec: GenerationSpec,
         embeds: PromptEmbeds,
         identities: Sequence[IdentityTokens] = (),
+        guides: Guides = NO_GUIDES,
         *,
         on_step: OnStep = ignored,
         cancelled: Cancelled = never,
@@ -37,7 +41,8 @@ class Denoiser(Protocol):
         """The picture of a spec. The same spec and inputs give the same pixels, whatever was drawn before.
 
         embeds: row 0 is the prompt, row 1 (only if `spec.needs_negative`) the negative prompt. identities: one for each of
-        `spec.identities`, in their order. Decoding is the last step that is reported.
+        `spec.identities`, in their order. guides: the pictures that lead the drawing, as many as the spec asks for. Decoding is the
+        last step that is reported.
         Raises Cancelled: no forward starts after `cancelled` has said so. Raises InvalidRequest and UnsupportedCombination before
         anything is computed.
         """

@@ -1,7 +1,7 @@
 """FLUX.1 as a denoiser: transformer, sampler and decoder of a diffusers folder, without its text encoders, and what is attached to it.
 
-Works for the embedded mini, FLUX.1-dev and its descendants alike, on a CPU in fp32 or on a GPU in bf16. Knows no method of identity: an
-adapter is handed in as a function that attaches it, and is found again by the catalogue's id of its weights.
+Works for the embedded mini, FLUX.1-dev and its descendants alike, on a CPU in fp32 or on a GPU in bf16. Knows no method of identity and no
+ControlNet: they are handed in as functions that attach or open them, and are found again by the catalogue's id of their weights.
 """
 
 from __future__ import annotations
@@ -14,22 +14,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from deployments.contracts import RGB, Drawn, GenerationSpec, IdentityRequest, IdentityTokens, Progress, PromptEmbeds
-from deployments.denoisers.base import Cancelled, OnStep, ignored, never
-from deployments.denoisers.flux1_loop import Call, Influence, Text, denoise
+from deployments.contracts import (
+    RGB,
+    ControlRequest,
+    Drawn,
+    GenerationSpec,
+    Guides,
+    IdentityRequest,
+    IdentityTokens,
+    Mask,
+    Progress,
+    PromptEmbeds,
+)
+from deployments.denoisers.base import NO_GUIDES, Cancelled, OnStep, ignored, never
+from deployments.denoisers.flux1_controlnet import UnionControl
+from deployments.denoisers.flux1_loop import Call, Control, Influence, Text, denoise
 from deployments.denoisers.folders import open_part
-from deployments.denoisers.latents import PATCH, Grid, noise, positions, to_picture, unpack
-from deployments.denoisers.schedule import sampler
+from deployments.denoisers.latents import PATCH, Grid, from_picture, noise, pack, positions, to_picture, unpack
+from deployments.denoisers.lora.shelf import Files, LoraShelf
+from deployments.denoisers.lora.stack import applied
+from deployments.denoisers.memory import MemoryMode, arrange
+from deployments.denoisers.schedule import first_step, sampler
+from deployments.denoisers.single_file import open_transformer, open_vae
 from deployments.errors import Cancelled as CancelledError
 from deployments.errors import InvalidRequest, UnsupportedCombination
 
 if TYPE_CHECKING:
     from deployments.identity.base import Condition, IdentityAdapter
 
+
 Attach = Callable[[FluxTransformer2DModel], "IdentityAdapter"]
+OpenControl = Callable[..., UnionControl]
+"""(transformer, device=, dtype=) -> the net."""
+LORA_CACHE_BYTES = 2 * 2**30
+"""Of a rank-32 LoRA of FLUX.1-dev, 344 MB in bf16, six."""
 # How long a waiting thread sleeps between two looks at whether its request was cancelled. The lock wakes it at once.
 _PATIENCE_S = 0.05
 
@@ -42,23 +64,34 @@ class Flux1Denoiser:
         folder: Path,
         adapters: Mapping[str, Attach] | None = None,
         *,
+        controls: Mapping[str, OpenControl] | None = None,
+        loras: Files | None = None,
+        lora_cache_bytes: int = LORA_CACHE_BYTES,
+        files: Mapping[str, Path] | None = None,
+        memory: MemoryMode = "full",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         torch_threads: int | None = None,
     ) -> None:
         """folder: of a FluxPipeline. adapters: catalogue id of the weights -> what attaches them, in this order, for good.
 
+        controls: catalogue id of a ControlNet -> what opens it. loras: where the file of a sha256 lies; lora_cache_bytes: of them on the
+        device between requests. files: single files to read in place of the folder's weights, `transformer` and
+        `vae`; the configurations stay the folder's. memory: how the weights lie, see memory.py.
         torch_threads: how many CPU threads all of torch may use in this process; None leaves it as it is.
         Raises CheckpointMismatch, and whatever the adapters raise.
         """
         if torch_threads is not None:
             torch.set_num_threads(torch_threads)
         self._device = torch.device(device)
-        self._transformer = open_part(FluxTransformer2DModel, folder, "transformer", dtype).to(self._device)
-        self._vae = open_part(AutoencoderKL, folder, "vae", dtype).to(self._device)
+        self._transformer, self._vae = _opened(folder, files or {}, dtype)
         self._schedule = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
         self._dtype = dtype
+        self._controls = {model: open_(self._transformer, device=self._device, dtype=dtype) for model, open_ in (controls or {}).items()}
+        nets = [control.net for control in self._controls.values()]
+        self._lying = arrange(self._transformer, self._vae, memory, self._device, nets)
         self._adapters = {model: attach(self._transformer) for model, attach in (adapters or {}).items()}
+        self._loras = LoraShelf(self._transformer, loras, lora_cache_bytes)
         self._turn = threading.Lock()
 
     @property
@@ -76,14 +109,17 @@ class Flux1Denoiser:
         spec: GenerationSpec,
         embeds: PromptEmbeds,
         identities: Sequence[IdentityTokens] = (),
+        guides: Guides = NO_GUIDES,
         *,
         on_step: OnStep = ignored,
         cancelled: Cancelled = never,
     ) -> Drawn:
-        """See Denoiser. seconds: `wait` (for other pictures), `condition`, `denoise`, `decode`."""
+        """See Denoiser. seconds: `loras` (reading them), `wait` (for other pictures), `condition`, `denoise`, `decode`."""
         grid = self._grid(spec)
         self._refuse_misfit(spec, embeds, identities)
-        watch, total = _Watch(), spec.steps + 1
+        refuse_wrong_guides(spec, guides)
+        watch, first = _Watch(), first_step(spec.steps, spec.strength)
+        total = spec.steps - first + 1
 
         def checkpoint() -> None:
             # Without waiting here the CPU would queue every forward before the first has run, and a cancel would come too late for all.
@@ -94,18 +130,19 @@ class Flux1Denoiser:
             self._settle()
             on_step(Progress(step, total))
 
-        with self._alone(lambda: _refuse_cancelled(spec, cancelled)), torch.inference_mode():
+        with self._loras.held(spec.loras) as loras, self._alone(lambda: _refuse_cancelled(spec, cancelled)), torch.inference_mode():
             watch.lap("wait")
-            call = self._call(spec, grid, embeds, identities)
+            scheduler = sampler(self._schedule, spec.steps, grid.tokens, self._device, first)
+            call = self._call(spec, grid, embeds, identities, guides, scheduler.sigmas[first])
             watch.lap("condition")
-            scheduler = sampler(self._schedule, spec.steps, grid.tokens, self._device)
-            latents = denoise(self._transformer, scheduler, call, before_forward=checkpoint, after_step=report)
+            with self._lying.denoising(self._nets(spec)), applied(self._transformer, loras):
+                latents = denoise(self._transformer, scheduler, call, before_forward=checkpoint, after_step=report)
             watch.lap("denoise")
             checkpoint()
             picture = self._decode(latents, grid)
             watch.lap("decode")
         on_step(Progress(total, total))
-        return Drawn(picture, watch.seconds)
+        return Drawn(picture, watch.seconds, tuple(tokens.left_out for tokens in identities))
 
     def eject(self) -> None:
         """Takes all adapters off again, the last one first. The transformer is then as it was opened."""
@@ -131,6 +168,10 @@ class Flux1Denoiser:
             if tokens.model not in self._adapters:
                 there = ", ".join(self._adapters) or "none"
                 raise UnsupportedCombination(f"{tokens.model} is not attached to {spec.base} here.", f"Attached are: {there}.")
+        for control in spec.controls:
+            if control.model not in self._controls:
+                there = ", ".join(self._controls) or "none"
+                raise UnsupportedCombination(f"{control.model} is not deployed with {spec.base} here.", f"Deployed are: {there}.")
 
     @contextmanager
     def _alone(self, may_leave: Callable[[], None]) -> Iterator[None]:
@@ -147,13 +188,25 @@ class Flux1Denoiser:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
-    def _call(self, spec: GenerationSpec, grid: Grid, embeds: PromptEmbeds, identities: Sequence[IdentityTokens]) -> Call:
+    def _call(
+        self,
+        spec: GenerationSpec,
+        grid: Grid,
+        embeds: PromptEmbeds,
+        identities: Sequence[IdentityTokens],
+        guides: Guides,
+        sigma: Tensor,
+    ) -> Call:
+        """sigma: the noise level of the first step."""
         generator = torch.Generator().manual_seed(spec.seed)
-        pairs = zip(spec.identities, identities, strict=True)
+        latents = noise(grid, generator).to(self._device)
+        if guides.begin is not None:
+            latents = sigma * latents + (1 - sigma) * self._encoded(guides.begin)
         # Weight 0 is exactly the base: it is left out rather than multiplied.
-        influences = [self._influence(request, tokens, spec.needs_negative) for request, tokens in pairs if request.weight]
+        people = zip(spec.identities, identities, strict=True)
+        controls = zip(spec.controls, guides.controls, strict=True)
         return Call(
-            latents=noise(grid, generator).to(self._device),
+            latents=latents,
             positions=positions(grid).to(self._device),
             prompt=self._text(embeds, 0),
             guidance=spec.guidance_scale,
@@ -161,22 +214,67 @@ class Flux1Denoiser:
             negative=self._text(embeds, 1) if spec.needs_negative else None,
             true_cfg_scale=spec.true_cfg_scale,
             true_cfg_start=spec.true_cfg_start,
-            influences=influences,
+            influences=[self._influence(request, tokens, grid, spec.needs_negative) for request, tokens in people if request.weight],
+            controls=[self._control(request, picture) for request, picture in controls if request.scale],
+            first_step=first_step(spec.steps, spec.strength),
         )
+
+    def _nets(self, spec: GenerationSpec) -> list[nn.Module]:
+        return [self._controls[model].net for model in dict.fromkeys(control.model for control in spec.controls if control.scale)]
 
     def _text(self, embeds: PromptEmbeds, row: int) -> Text:
         return Text(*(x[row : row + 1].to(self._device, self._dtype) for x in (embeds.states, embeds.pooled)))
 
-    def _influence(self, request: IdentityRequest, tokens: IdentityTokens, with_nobody: bool) -> Influence:
+    def _influence(self, request: IdentityRequest, tokens: IdentityTokens, grid: Grid, with_nobody: bool) -> Influence:
         adapter = self._adapters[tokens.model]
-        own = adapter.condition(tokens.tokens, request)
-        nobody: Condition = adapter.condition(tokens.unconditional, request) if with_nobody else ()
+        mask = self._shares(request.mask, grid) if request.mask is not None else None
+        own = adapter.condition(tokens.tokens, request, mask)
+        nobody: Condition = adapter.condition(tokens.unconditional, request, mask) if with_nobody else ()
         return Influence(adapter.key, own, nobody, request.start, request.end)
+
+    def _shares(self, mask: Mask, grid: Grid) -> Tensor:
+        """What each token of the picture takes of a person: the mean of the mask over its patch, [1, tokens, 1]."""
+        whole = torch.from_numpy(mask.shares)[None, None]
+        return F.interpolate(whole, (grid.rows, grid.columns), mode="area").flatten(2).mT.to(self._device, self._dtype)
+
+    def _control(self, request: ControlRequest, picture: RGB) -> Control:
+        return self._controls[request.model].prepare(self._encoded(picture), request.mode, request.scale, request.start, request.end)
+
+    def _encoded(self, picture: RGB) -> Tensor:
+        """As tokens like those of a drawing, [1, tokens, channels] fp32. The likeliest latents, not drawn ones as in stock pipelines:
+        a seed then means the same noise with a picture and without one."""
+        config: Any = self._vae.config
+        with self._lying.decoding():
+            found: Any = self._vae.encode(from_picture(picture).to(self._device, self._dtype))
+        return pack((found.latent_dist.mode().float() - config.shift_factor) * config.scaling_factor)
 
     def _decode(self, latents: Tensor, grid: Grid) -> RGB:
         config: Any = self._vae.config
         scaled = unpack(latents, grid) / config.scaling_factor + config.shift_factor
-        return to_picture(self._vae.decode(scaled.to(self._dtype), return_dict=False)[0])
+        with self._lying.decoding():
+            return to_picture(self._vae.decode(scaled.to(self._dtype), return_dict=False)[0])
+
+
+def _opened(folder: Path, files: Mapping[str, Path], dtype: torch.dtype) -> tuple[FluxTransformer2DModel, AutoencoderKL]:
+    """On the CPU: what of it goes elsewhere is for memory.py to say."""
+    transformer = (
+        open_transformer(files["transformer"], folder / "transformer", dtype)
+        if "transformer" in files
+        else open_part(FluxTransformer2DModel, folder, "transformer", dtype)
+    )
+    vae = open_vae(files["vae"], folder / "vae", dtype) if "vae" in files else open_part(AutoencoderKL, folder, "vae", dtype)
+    return transformer, vae
+
+
+def refuse_wrong_guides(spec: GenerationSpec, guides: Guides) -> None:
+    """Raises ValueError where the pictures are not those that the spec asks for: a mistake of the program, not of a user."""
+    if len(guides.controls) != len(spec.controls):
+        raise ValueError(f"{len(guides.controls)} conditions came for {len(spec.controls)} controls in the request; give one for each.")
+    if (guides.begin is None) != (spec.strength == 1):
+        raise ValueError(f"A strength of {spec.strength:g} goes {'without' if spec.strength == 1 else 'with'} a picture to begin from.")
+    for picture in (*guides.controls, *((guides.begin,) if guides.begin is not None else ())):
+        if picture.shape != (spec.height, spec.width, 3):
+            raise ValueError(f"A guide has the shape {picture.shape}, the drawing is {spec.height} x {spec.width} x 3.")
 
 
 def _refuse_cancelled(spec: GenerationSpec, cancelled: Cancelled) -> None:

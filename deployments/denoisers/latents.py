@@ -1,4 +1,4 @@
-"""FLUX's latents: noise from a seed, 2 x 2 patches as tokens, and pixels from what the decoder says. Pure functions; knows no model."""
+"""FLUX's latents: noise from a seed, 2 x 2 patches as tokens, and pixels on either side of the VAE. Pure functions; knows no model."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def positions(grid: Grid) -> Tensor:
     """[tokens, 3] fp32: 0, row, column. In bf16 a row beyond 256 would be rounded to its neighbour."""
     rows, columns = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
+
+
+def from_picture(picture: RGB) -> Tensor:
+    """[H, W, 3] uint8 -> what an encoder reads, [1, 3, H, W] fp32 in -1..1, on the CPU."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_picture(decoded: Tensor) -> RGB:

@@ -23,13 +23,20 @@ def shift_of(config: Mapping[str, Any], tokens: int) -> float:
     return tokens * slope + (low - slope * short)
 
 
-def sampler(config: Mapping[str, Any], steps: int, tokens: int, device: torch.device | str = "cpu") -> FlowMatchEulerDiscreteScheduler:
-    """An Euler sampler at its beginning, with the noise levels that stock FluxPipeline would use.
+def first_step(steps: int, strength: float) -> int:
+    """The step from which a share `strength` of the schedule is left, at least one of them (FluxImg2ImgPipeline.get_timesteps)."""
+    return min(int(max(steps - steps * strength, 0)), steps - 1)
+
+
+def sampler(
+    config: Mapping[str, Any], steps: int, tokens: int, device: torch.device | str = "cpu", first: int = 0
+) -> FlowMatchEulerDiscreteScheduler:
+    """An Euler sampler before its step `first`, with the noise levels that stock FluxPipeline would use.
 
     config: of the pipeline folder's scheduler; with a static shift in it (`use_dynamic_shifting` false) the tokens do not matter.
     """
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift_of(config, tokens), device=device)
     # Otherwise the first step looks its own place up, which waits for the GPU.
-    scheduler.set_begin_index(0)
+    scheduler.set_begin_index(first)
     return scheduler

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from deployments.store.settings import StoreSettings
 from serve.cluster import serving
 from serve.settings import AppSettings, load_settings
 
@@ -19,11 +20,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def settings() -> AppSettings:
-    """Those of one machine, with a queue so short that a test can fill it."""
+def settings(tmp_path_factory: pytest.TempPathFactory) -> AppSettings:
+    """Those of one machine, with a queue so short that a test can fill it, and a store of the tests' own."""
+    folder = tmp_path_factory.mktemp("store")
+    store = StoreSettings(url=f"sqlite:///{folder}/store.db", folder=folder)
     local = load_settings("local")
     pool = local.denoiser.pool.model_copy(update={"max_queued_requests": 60})
-    return local.model_copy(update={"denoiser": local.denoiser.model_copy(update={"pool": pool})})
+    return local.model_copy(update={"denoiser": local.denoiser.model_copy(update={"pool": pool}), "store": store})
 
 
 @pytest.fixture(scope="session")

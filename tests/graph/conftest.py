@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.store.settings import StoreSettings
 from serve.client import Client
 from serve.ingress import HandleCalls, api
 from serve.local import local_handle
@@ -15,8 +16,10 @@ from serve.settings import AppSettings, load_settings
 
 
 @pytest.fixture(scope="session")
-def settings() -> AppSettings:
-    return load_settings("local")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> AppSettings:
+    """Those of a laptop, with a store of the tests' own."""
+    folder = tmp_path_factory.mktemp("store")
+    return load_settings("local").model_copy(update={"store": StoreSettings(url=f"sqlite:///{folder}/store.db", folder=folder)})
 
 
 @pytest.fixture(scope="session")

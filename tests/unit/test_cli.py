@@ -229,7 +229,9 @@ def test_every_workflow_is_a_command_whose_help_teaches() -> None:
     for preset in load_presets().values():
         assert preset.name in top
         text = CliRunner().invoke(app, [preset.name, "--help"], env={"COLUMNS": "200"}).stdout
-        for name in preset.request_type.model_fields.keys() - {"reference_images", "num_inference_steps", "response_format", "denoise"}:
+        spelt = {"reference_images", "num_inference_steps", "response_format", "loras", "controls"}
+        assert "--lora" in text and "--control" in text
+        for name in preset.request_type.model_fields.keys() - spelt:
             assert f"--{name.replace('_', '-')}" in text, name
     pulid = " ".join(CliRunner().invoke(app, ["flux-pulid", "--help"], env={"COLUMNS": "200"}).stdout.split())
     for advice in ("The likeness is too weak: lower --start-step", "stylized", "It takes twice the time", "lower --guidance-scale to 2.5"):

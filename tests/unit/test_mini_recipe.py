@@ -8,12 +8,21 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from insightface.app import FaceAnalysis
+from torch import Tensor
 
 from deployments.identity.eva_clip import load_eva
+from deployments.identity.instantx_ip_adapter import config_of as instantx_config
+from deployments.identity.instantx_ip_adapter import load_projection as load_instantx
 from deployments.identity.pulid import load_pulid
+from deployments.identity.redux import load_projection as load_redux
+from deployments.identity.siglip import Siglip
+from deployments.weights import safetensors_header
 from training.mini import train
-from training.mini.generator.sizes import PULID
+from training.mini.flux_folder import SIGLIP_DIM
+from training.mini.generator.sizes import INSTANTX, PULID, REDUX
 from training.mini.stages import STAGES
+from training.mini.storage import fake_quantise
+from training.mini.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +49,20 @@ def test_stock_libraries_open_the_pack(pack: Path) -> None:
 def test_our_own_modules_open_the_pack_strictly(pack: Path) -> None:
     assert load_pulid(pack / "pulid" / "pulid_flux_mini.safetensors").config == PULID
     assert len(load_eva(pack / "eva-clip" / "eva_clip_mini.safetensors").config.taps) == 5
+    adapter = pack / "instantx-ip-adapter" / "ip-adapter.safetensors"
+    assert instantx_config(safetensors_header(adapter).shapes, "it") == load_instantx(adapter).config == INSTANTX
+    assert load_redux(pack / "redux" / "redux.safetensors").config == REDUX
+    assert Siglip(pack / "siglip-vision").width == SIGLIP_DIM
+
+
+def test_the_encoder_that_two_adapters_share_stands_still_while_they_learn(pack: Path) -> None:
+    work = Workspace(pack.parent / "work")
+    before, after = work.load("siglip-vision"), work.load("siglip-adapters")
+    encoder = [name for name in before if name.startswith("siglip.")]
+    moved = [name for name in encoder if not torch.equal(_as_packed(before[name]), after[name].float())]
+    assert len(encoder) > 60 and moved == []
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("redux."))
+
+
+def _as_packed(parameter: Tensor) -> Tensor:
+    return fake_quantise(parameter.float()) if parameter.ndim == 2 else parameter.float()

@@ -189,12 +189,14 @@ def test_what_the_hub_refuses_is_explained(hub: Hub, toy: Path) -> None:
     assert "is not in revision" in pull(hub, toy).stderr
 
 
-def test_flux_dev_needs_its_adapters_encoders_faces_and_parser() -> None:
+def test_flux_dev_needs_its_adapters_encoders_controls_faces_and_parser() -> None:
     catalog = load_catalog()
     repos = {item.file.repo for item in wanted(needed_by(catalog, catalog.entry("flux1-dev")), load_conversions())}
     assert repos == {
         "black-forest-labs/FLUX.1-dev", "guozinan/PuLID", "QuanSun/EVA-CLIP", "XLabs-AI/flux-ip-adapter-v2",
         "openai/clip-vit-large-patch14", "DIAMONIK7777/antelopev2", "public-data/insightface", "ManyOtherFunctions/face-parse-bisent",
+        "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro", "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0", "yzd-v/DWPose",
+        "InstantX/FLUX.1-dev-IP-Adapter", "google/siglip-so400m-patch14-384", "black-forest-labs/FLUX.1-Redux-dev",
     }  # fmt: skip
     assert wanted(needed_by(catalog, catalog.entry("flux1-mini")), load_conversions()) == []
 

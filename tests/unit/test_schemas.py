@@ -24,7 +24,7 @@ from deployments.errors import (
     UnsupportedCombination,
 )
 from deployments.images import DEFAULT_LIMITS, Limits
-from serve.normalise import normalise, parse, recipe
+from serve.normalise import Wanted, normalise, parse, recipe
 from serve.presets import WORKFLOWS_PATH, Preset, load_presets
 from serve.problem import error_of, problem_of
 from serve.schemas import GenerateRequest
@@ -54,8 +54,12 @@ def presets() -> dict[str, Preset]:
 def asked(
     catalog: Catalog, workflow: str | None, body: dict[str, Any], base: str = "flux1-mini"
 ) -> tuple[GenerationSpec, list[PersonPictures]]:
-    specs, people = normalise(workflow, body, catalog, base)
+    specs, people, *_ = normalise(workflow, body, catalog, base)
     return specs[0], people
+
+
+def made_of(catalog: Catalog, workflow: str | None, body: dict[str, Any]) -> dict[str, Any]:
+    return recipe(normalise(workflow, body, catalog, "flux1-mini"))
 
 
 def test_mini_keeps_its_own_size_steps_and_guidance(catalog: Catalog) -> None:
@@ -91,7 +95,6 @@ def test_the_older_weights_are_chosen_by_version(catalog: Catalog) -> None:
         ("steps", "num_inference_steps", 9),
         ("true_cfg", "true_cfg_scale", 2.5),
         ("end_at", "end", 0.8),
-        ("strength", "weight", 0.6),
         ("id_weight", "weight", 0.6),
     ],
 )
@@ -115,7 +118,7 @@ def test_aliases_hold_inside_a_person_too(catalog: Catalog) -> None:
 
 
 def test_v1_generate_with_a_workflow_is_that_workflow(catalog: Catalog) -> None:
-    assert recipe(*asked(catalog, None, {"workflow": "flux-pulid", **BODY})) == recipe(*asked(catalog, "flux-pulid", BODY))
+    assert made_of(catalog, None, {"workflow": "flux-pulid", **BODY}) == made_of(catalog, "flux-pulid", BODY)
 
 
 def test_without_people_the_base_model_draws_alone(catalog: Catalog) -> None:
@@ -136,9 +139,9 @@ def test_several_people_and_several_methods(catalog: Catalog) -> None:
 
 
 def test_picture_k_has_the_seed_seed_plus_k(catalog: Catalog) -> None:
-    specs, _ = normalise("flux-pulid", {**BODY, "n": 3}, catalog, "flux1-mini")
+    specs, *_ = normalise("flux-pulid", {**BODY, "n": 3}, catalog, "flux1-mini")
     assert [spec.seed for spec in specs] == [7, 8, 9]
-    assert recipe(specs[1], [PersonPictures((ADA,))]) == recipe(*asked(catalog, "flux-pulid", {**BODY, "seed": 8}))
+    assert recipe(Wanted(specs[1:], [PersonPictures((ADA,))])) == made_of(catalog, "flux-pulid", {**BODY, "seed": 8})
 
 
 def test_a_seed_is_drawn_where_none_is_given(catalog: Catalog) -> None:
@@ -148,11 +151,11 @@ def test_a_seed_is_drawn_where_none_is_given(catalog: Catalog) -> None:
 
 def test_the_recipe_holds_every_value_of_the_spec_and_no_picture(catalog: Catalog) -> None:
     spec, people = asked(catalog, "flux-ipadapter-faceid", BODY)
-    made = recipe(spec, people)
+    made = recipe(Wanted([spec], people))
     assert {"base", "prompt", "seed", "steps", "width", "guidance_scale", "max_sequence_length", "true_cfg_start"} <= made.keys()
     (identity,) = made["identities"]
     assert identity["options"] == {"weight_type": "constant"} and len(identity["pictures"][0]) == 64
-    assert recipe(spec, [PersonPictures((BRUNO,))]) != made
+    assert recipe(Wanted([spec], [PersonPictures((BRUNO,))])) != made
 
 
 @pytest.mark.parametrize(("ratio", "size"), [("1:1", (192, 192)), ("3:4", (160, 224)), ("16:9", (256, 144)), ("9:16", (144, 256))])
@@ -195,7 +198,7 @@ def test_a_shape_keeps_the_number_of_pixels(catalog: Catalog, ratio: str, size: 
         ({"style": "oil"}, "photorealistic", "style"),
         ({"weight_type": "linear"}, "no such field", "weight_type"),
         ({"face_index": "smallest"}, "face_index", "face_index"),
-        ({"denoise": 0.7}, "denoise", None),
+        ({"denoise": 0.7}, "`strength` below 1", None),
         ({"output_format": "gif"}, "output_format", "output_format"),
         ({"workflow": "flux-pulid"}, "no such field", "workflow"),
     ],
@@ -292,7 +295,7 @@ def test_the_limits_of_pictures_are_those_of_the_server(catalog: Catalog) -> Non
     huge = "A" * (DEFAULT_LIMITS.bytes * 3 // 2)
     with pytest.raises(InvalidImage, match="allowed"):
         normalise("flux-pulid", BODY, catalog, "flux1-mini", limits=small)
-    _, people = normalise("flux-pulid", {**BODY, "reference_image": huge}, catalog, "flux1-mini", limits=large)
+    _, people, *_ = normalise("flux-pulid", {**BODY, "reference_image": huge}, catalog, "flux1-mini", limits=large)
     assert len(people[0].pictures[0]) > DEFAULT_LIMITS.bytes
 
 
@@ -303,7 +306,7 @@ def test_a_new_workflow_is_a_file(tmp_path: Path, catalog: Catalog) -> None:
     }  # fmt: skip
     (tmp_path / "gentle.yaml").write_text(yaml.safe_dump(content))
     presets = load_presets(tmp_path)
-    specs, _ = normalise("gentle", BODY, catalog, "flux1-mini", presets)
+    specs, *_ = normalise("gentle", BODY, catalog, "flux1-mini", presets)
     assert specs[0].steps == 8 and specs[0].identities[0].weight == 0.5
     assert presets["gentle"].endpoint == "/gentle"
     with pytest.raises(InvalidRequest, match="`start_step`: there is no such field"):

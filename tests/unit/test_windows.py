@@ -27,7 +27,7 @@ def catalog() -> Catalog:
 def asked(
     catalog: Catalog, workflow: str | None, body: dict[str, Any], base: str = "flux1-mini"
 ) -> tuple[GenerationSpec, list[PersonPictures]]:
-    specs, people = normalise(workflow, body, catalog, base)
+    specs, people, *_ = normalise(workflow, body, catalog, base)
     return specs[0], people
 
 
