@@ -31,10 +31,11 @@ MemoryMode = Literal["full", "offload", "group", "sequential", "fp8", "fp8-offlo
 
 class DenoiserSettings(TorchSettings):
     """memory: how the weights lie (docs/memory_modes.md; fp8 and nf4 change pixels). lora_cache_bytes: of LoRAs on the device between
-    requests."""
+    requests. cache_threshold: of the first-block cache (docs/first_block_cache.md; it changes pixels); 0 is without it."""
 
     memory: MemoryMode = "full"
     lora_cache_bytes: int = Field(default=2 * 2**30, ge=0)
+    cache_threshold: float = Field(default=0.0, ge=0, le=1)
 
 
 class DenoiserServer:
@@ -57,7 +58,7 @@ class DenoiserServer:
         self._denoiser: Any = denoiser(
             entry.located("pipeline"), adapters, controls=controls, files=entry.single_files("transformer", "vae"),
             loras=_lora_files(store), lora_cache_bytes=settings.lora_cache_bytes,
-            memory=settings.memory, device=settings.device, dtype=dtype,
+            memory=settings.memory, cache_threshold=settings.cache_threshold, device=settings.device, dtype=dtype,
         )  # fmt: skip
         self._thread = ThreadPoolExecutor(1, "denoise")
 

@@ -31,6 +31,7 @@ from deployments.contracts import (
     PromptEmbeds,
 )
 from deployments.denoisers.base import NO_GUIDES, Cancelled, OnStep, ignored, never
+from deployments.denoisers.first_block_cache import FirstBlockCache
 from deployments.denoisers.flux1_controlnet import UnionControl
 from deployments.denoisers.flux1_loop import Call, Control, Influence, Text, denoise
 from deployments.denoisers.folders import open_part
@@ -69,6 +70,7 @@ class Flux1Denoiser:
         lora_cache_bytes: int = LORA_CACHE_BYTES,
         files: Mapping[str, Path] | None = None,
         memory: MemoryMode = "full",
+        cache_threshold: float = 0.0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         torch_threads: int | None = None,
@@ -78,6 +80,7 @@ class Flux1Denoiser:
         controls: catalogue id of a ControlNet -> what opens it. loras: where the file of a sha256 lies; lora_cache_bytes: of them on the
         device between requests. files: single files to read in place of the folder's weights, `transformer` and
         `vae`; the configurations stay the folder's. memory: how the weights lie, see memory.py.
+        cache_threshold: of the first-block cache, which changes pixels; 0 is without it.
         torch_threads: how many CPU threads all of torch may use in this process; None leaves it as it is.
         Raises CheckpointMismatch, and whatever the adapters raise.
         """
@@ -91,6 +94,7 @@ class Flux1Denoiser:
         nets = [control.net for control in self._controls.values()]
         self._lying = arrange(self._transformer, self._vae, memory, self._device, nets)
         self._adapters = {model: attach(self._transformer) for model, attach in (adapters or {}).items()}
+        self._cache = FirstBlockCache(self._transformer, cache_threshold) if cache_threshold else None
         self._loras = LoraShelf(self._transformer, loras, lora_cache_bytes)
         self._turn = threading.Lock()
 
@@ -135,6 +139,8 @@ class Flux1Denoiser:
             scheduler = sampler(self._schedule, spec.steps, grid.tokens, self._device, first)
             call = self._call(spec, grid, embeds, identities, guides, scheduler.sigmas[first])
             watch.lap("condition")
+            if self._cache is not None:
+                self._cache.forget()
             with self._lying.denoising(self._nets(spec)), applied(self._transformer, loras):
                 latents = denoise(self._transformer, scheduler, call, before_forward=checkpoint, after_step=report)
             watch.lap("denoise")
@@ -147,6 +153,9 @@ class Flux1Denoiser:
     def eject(self) -> None:
         """Takes all adapters off again, the last one first. The transformer is then as it was opened."""
         with self._turn:
+            if self._cache is not None:
+                self._cache.eject()
+                self._cache = None
             for model in reversed(list(self._adapters)):
                 self._adapters.pop(model).eject()
 

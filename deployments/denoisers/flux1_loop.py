@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from deployments.denoisers.first_block_cache import cached
 from deployments.denoisers.flux1_controlnet import together
 from deployments.denoisers.windows import active
 
@@ -120,12 +121,14 @@ def denoise(
         before_forward()
         forward = _forward(transformer, call, call.prompt, latents, time)
         controlled = _controlled(call, forward, step, steps, before_forward)
-        velocity = _velocity(transformer, forward, [(item.key, item.own) for item in present], controlled)
+        with cached(transformer, "own"):
+            velocity = _velocity(transformer, forward, [(item.key, item.own) for item in present], controlled)
         if call.negative is not None and active(step, steps, call.true_cfg_start, 1.0):
             before_forward()
             negative = _forward(transformer, call, call.negative, latents, time)
             # As in stock pipelines the negative pass is held to the same pose: the control is not computed for it once more.
-            away = _velocity(transformer, negative, [(item.key, item.nobody) for item in present], controlled)
+            with cached(transformer, "nobody"):
+                away = _velocity(transformer, negative, [(item.key, item.nobody) for item in present], controlled)
             velocity = away + call.true_cfg_scale * (velocity - away)
         (latents,) = scheduler.step(velocity, time, latents, generator=call.generator, return_dict=False)
         after_step(step + 1 - call.first_step)
