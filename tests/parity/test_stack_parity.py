@@ -78,12 +78,6 @@ def stock_latents() -> Tensor:
     return latents
 
 
-def noise() -> Tensor:
-    from deployments.denoisers.latents import noise as drawn
-
-    return drawn(GRID, torch.Generator().manual_seed(7))
-
-
 def ours() -> Flux1Denoiser:
     attach = {PULID: ATTACH[PULID], XLABS: ATTACH[XLABS]}
     return Flux1Denoiser(FLUX, attach, controls={"union": partial(UnionControl, folder=NET, modes={"pose": POSE})}, loras=lambda _: LORA)
