@@ -1,4 +1,5 @@
 # The server in a box: `docker build -t likeness . && docker run --rm -p 8000:8000 likeness` answers at http://localhost:8000/docs.
+# LoRAs outlive it on a volume: -v likeness-store:/likeness/out/store.
 # The default index gives torch's CUDA build; for a small CPU image:
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu -t likeness .
 FROM python:3.11-slim
@@ -15,7 +16,7 @@ WORKDIR /likeness
 COPY --chown=likeness . .
 RUN chown likeness /likeness
 USER likeness
-RUN make install
+RUN make install && mkdir -p out/store
 
 EXPOSE 8000
 HEALTHCHECK --interval=10s --start-period=120s --timeout=5s \

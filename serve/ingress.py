@@ -10,7 +10,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull
 from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
 from serve.attachments import PICTURE_FIELDS
-from serve.loras import LoraCalls, add_lora_routes
+from serve.loras import LoraCalls, add_lora_routes, everybody
 from serve.presets import Preset, load_presets
 from serve.problem import MEDIA_TYPE, Problem, problem_of
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
@@ -84,8 +84,15 @@ class LoraHandle:
         return partial(self._calls.lora, name)
 
 
-def api(calls: Calls, max_body_bytes: int, max_lora_bytes: int = 2**30, presets: Mapping[str, Preset] | None = None) -> FastAPI:
-    """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; more is refused while it is read."""
+def api(
+    calls: Calls,
+    max_body_bytes: int,
+    max_lora_bytes: int = 2**30,
+    presets: Mapping[str, Preset] | None = None,
+    owner_of: Callable[[Request], str] = everybody,
+) -> FastAPI:
+    """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; more is refused while it is read. owner_of: whose
+    LoRAs a request is about; raises where nobody's."""
     app = FastAPI(title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None)
     for kind in (LikenessError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
@@ -117,7 +124,7 @@ def api(calls: Calls, max_body_bytes: int, max_lora_bytes: int = 2**30, presets:
         _route(app, preset.endpoint, _named(calls, body, preset.name), preset.request_type, GenerateResponse, preset.description)
     _route(app, "/v1/faces/analyze", analyze, AnalyzeRequest, AnalyzeResponse, "The faces of a picture")
     _route(app, "/v1/faces/compare", compare, CompareRequest, CompareResponse, "Whether two pictures show the same person")
-    add_lora_routes(app, cast(LoraCalls, LoraHandle(calls)), max_lora_bytes)
+    add_lora_routes(app, cast(LoraCalls, LoraHandle(calls)), max_lora_bytes, owner_of)
     app.get("/v1/workflows")(workflows)
     app.get("/v1/models")(models)
     app.get("/healthz")(alive)

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ from safetensors.torch import save
 from deployments.lora_server import LoraServer
 from deployments.store.settings import EVERYBODY
 from serve.ingress import Calls, api
-from serve.loras import LoraCalls, add_lora_routes
 from tests.lora_files import State, kohya
 
 ADA = (Path(__file__).resolve().parents[1] / "models" / "mini" / "loras" / "ada.safetensors").read_bytes()
@@ -30,14 +28,14 @@ SDXL: State = {
 LIMIT = 2**20
 
 
-class InThreads:
-    """The methods of a server, as a handle would answer them."""
+class LorasOnly:
+    """Of the calls behind the routes those about LoRAs, answered in threads."""
 
     def __init__(self, server: LoraServer) -> None:
         self._server = server
 
-    def __getattr__(self, name: str) -> Any:
-        return partial(asyncio.to_thread, getattr(self._server, name))
+    async def lora(self, method: str, *args: Any) -> Any:
+        return await asyncio.to_thread(getattr(self._server, method), *args)
 
 
 def routes(server: LoraServer) -> FastAPI:
@@ -46,9 +44,7 @@ def routes(server: LoraServer) -> FastAPI:
     def owner(request: Request) -> str:
         return request.headers.get("x-owner", EVERYBODY)
 
-    app = api(cast(Calls, None), LIMIT)
-    add_lora_routes(app, cast(LoraCalls, InThreads(server)), LIMIT, owner)
-    return app
+    return api(cast(Calls, LorasOnly(server)), LIMIT, LIMIT, owner_of=owner)
 
 
 def kept(folder: Path) -> list[Path]:

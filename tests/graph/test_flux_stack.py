@@ -98,6 +98,20 @@ def test_less_strength_keeps_more_of_the_picture(client: Client) -> None:
     assert distance[0] < distance[1] < distance[2] and distance[0] < 20
 
 
+def test_the_later_an_identity_begins_and_the_weaker_it_is_the_less_it_shows(client: Client) -> None:
+    def likeness(**fields: float) -> float:
+        cosines = []
+        for name in ("ada", "bruno", "esi", "greta"):
+            reference = SAMPLES / "characters" / f"{name}-1.png"
+            answer = client.generate(workflow="flux-pulid", prompt=PORTRAIT, reference_image=reference, seed=5, steps=8, **fields)
+            cosines.append(answer.data[0].scores[0].cosine or 0.0)
+        return float(np.mean(cosines))
+
+    whole = likeness(start=0)
+    assert whole > likeness(start=0.5) + 0.05 > likeness(start=0.875) + 0.1
+    assert whole > likeness(start=0, weight=0.5) + 0.05
+
+
 def test_a_drawn_pose_picture_is_a_photographed_one(client: Client) -> None:
     """A skeleton that the pose command drew, sent as it is, is that pose."""
     skeleton = SAMPLES / "poses"
