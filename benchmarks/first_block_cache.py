@@ -27,7 +27,8 @@ of drawing, against no cache.
 """
 _TAIL = """
 The identity is added inside the blocks, under the cache's hooks (deployments/denoisers/first_block_cache.py): put over them, it would be
-counted twice.
+counted twice. A drawing with a control or with Redux skips nothing: what a control adds would be counted twice, and Redux may change the
+length of the text.
 """
 
 

@@ -26,6 +26,7 @@ from deployments.prompt_server import PromptServer
 from serve.client import Client
 from serve.cluster import serving
 from serve.normalise import normalise, recipe
+from serve.reports import drawn_with
 from serve.settings import AppSettings, load_settings
 
 _REFERENCE = Path(__file__).parents[1] / "samples" / "characters" / "ada-1.png"
@@ -60,7 +61,7 @@ class InProcess:
         drawn = events[-1]
         assert isinstance(drawn, Drawn)
         self.faces.scores(drawn.picture, people)
-        return images.encode(drawn.picture, "png", recipe(wanted))
+        return images.encode(drawn.picture, "png", recipe(wanted, drawn_with(self.settings)))
 
 
 def medians_s(sides: Sequence[Callable[[int], object]], count: int) -> list[float]:

@@ -25,6 +25,8 @@ from deployments.contracts import RGB
 from deployments.errors import InvalidImage, InvalidRequest
 
 Format = Literal["png", "jpeg", "webp"]
+Paper = Literal["white", "black"]
+"""What transparency is laid on: white, as a page is; black for a mask, where it means: not here."""
 
 PARAMETERS_KEY = "parameters"
 """The PNG text chunk that other programs, too, read a picture's recipe from."""
@@ -70,15 +72,15 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> RGB:
-    """A PNG, JPEG or WebP file -> uint8 RGB [H, W, 3], upright, in sRGB, what is transparent on white.
+def decode(data: bytes, limits: Limits = DEFAULT_LIMITS, paper: Paper = "white") -> RGB:
+    """A PNG, JPEG or WebP file -> uint8 RGB [H, W, 3], upright, in sRGB, what is transparent on white (or on black).
 
     Raises InvalidImage, with the reason: too many bytes or pixels, another format, animated, damaged, cut short.
     """
     with _opened(data, limits) as image:
         try:
             image.load()
-            flat = _in_srgb(_flat(image), image.info.get("icc_profile"))
+            flat = _in_srgb(_flat(image, paper), image.info.get("icc_profile"))
         except _DAMAGE as error:
             raise InvalidImage(f"The picture is damaged or cut short: {error}.", "Save it anew and send it again.") from error
         turn = _turn(image)
@@ -190,14 +192,13 @@ def _refuse(image: Image.Image, limits: Limits) -> None:
         raise InvalidImage(f"The picture is an animation of {frames} frames.", "Send a single frame.")
 
 
-def _flat(image: Image.Image) -> Image.Image:
+def _flat(image: Image.Image, paper: Paper) -> Image.Image:
     """Any mode -> L, RGB or CMYK (the modes that colour profiles speak of), without transparency."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip where it should scale
         return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, coloured).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, paper), coloured).convert("RGB")
     return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
 
 

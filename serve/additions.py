@@ -7,7 +7,7 @@ before any model is touched. Opens no picture; knows no HTTP.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -16,18 +16,20 @@ from deployments.catalog import Catalog, Entry, license_policy, refuse_licence
 from deployments.contracts import ControlRequest, ControlSource, LoraRequest
 from deployments.controls.framing import framing_of
 from deployments.controls.pose_bank import AUTO, PoseBank, edit_of, load_pose_bank
-from deployments.denoisers.windows import active_steps
+from deployments.denoisers.windows import first_step
 from deployments.errors import InvalidRequest, UnsupportedCombination
 from deployments.images import Limits
 from serve.presets import PoseAdvice
 from serve.schemas import ControlInput, GenerateRequest
-from serve.values import picture_bytes
+from serve.values import picture_bytes, refuse_empty
 
 NO_POSE = "none"
 """The `pose` that asks for none, where a workflow would choose one."""
 USUAL_STRENGTH = 0.6
 """Of a picture to begin from (as in diffusers' FluxImg2ImgPipeline)."""
 _FORM = "pose"
+_UNMADE = ("depth", "soft_edge")
+"""What only a further network makes of a picture, which the catalogue does not have yet (deployments/controls/conditions.py)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,33 +49,48 @@ def loras_of(request: GenerateRequest, known: Mapping[str, str]) -> tuple[LoraRe
 
 
 def controls_of(
-    request: GenerateRequest, advice: PoseAdvice | None, catalog: Catalog, base: Entry, deployed: Sequence[str], steps: int, limits: Limits
+    request: GenerateRequest,
+    advice: PoseAdvice | None,
+    catalog: Catalog,
+    base: Entry,
+    deployed: Sequence[str],
+    drawn: range,
+    limits: Limits,
 ) -> Controls:
     """deployed: ids of the ControlNets. Raises InvalidRequest, InvalidImage, UnsupportedCombination or LicenseRefused, with the field."""
     pairs = []
-    for where, given in _given(request, advice):
+    for where, given in _given(request, advice, _types(catalog, base, deployed)):
         entry = _entry(given, where, catalog, base, deployed)
-        pairs.append((_request(given, where, entry, steps), _source(given, where, entry, request.prompt, limits)))
+        pairs.append((_request(given, where, entry, drawn), _source(given, where, entry, request.prompt, limits)))
     return Controls(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
 
-def beginning_of(request: GenerateRequest, limits: Limits) -> tuple[bytes | None, float]:
+def beginning_of(request: GenerateRequest, steps: int, limits: Limits) -> tuple[bytes | None, float]:
     """(the encoded picture to begin from, the share of the schedule that is drawn). Without a picture all of it."""
     if request.image is None:
         return None, 1.0
     strength = USUAL_STRENGTH if request.strength is None else request.strength
+    if strength < 1 and not first_step(steps, strength):
+        message = f"`strength` {strength:g} of {steps} steps draws all of them, which leaves nothing of `image`."
+        raise InvalidRequest(message, "Choose less strength, or take more steps.", {"param": "strength", "steps": steps})
     # At 1 nothing of the picture is left: it is not asked for.
     return (None if strength == 1 else picture_bytes(request.image, "image", limits)), strength
 
 
-def _given(request: GenerateRequest, advice: PoseAdvice | None) -> list[tuple[str, ControlInput]]:
-    """(path of the field, control) of every control, the short forms and what the workflow adds among them."""
+def _given(request: GenerateRequest, advice: PoseAdvice | None, types: Collection[str]) -> list[tuple[str, ControlInput]]:
+    """(path of the field, control) of every control, the short forms and what the workflow adds among them, where `types` has poses."""
     said = [(f"controls[{index}]", control) for index, control in enumerate(request.controls)]
     own = {} if advice is None else {"scale": advice.scale, "start": advice.start, "end": advice.end}
     if request.pose_image is not None:
         return [*said, ("pose_image", ControlInput.model_validate({"type": _FORM, "image": request.pose_image, **own}))]
     pose = request.pose
-    if pose is None and advice is not None and framing_of(request.prompt) in advice.framings and all(c.type != _FORM for _, c in said):
+    if (
+        pose is None
+        and advice is not None
+        and _FORM in types
+        and framing_of(request.prompt) in advice.framings
+        and all(c.type != _FORM for _, c in said)
+    ):
         pose = AUTO
     if pose is None or pose == NO_POSE:
         return said
@@ -100,11 +117,16 @@ def _entry(control: ControlInput, where: str, catalog: Catalog, base: Entry, dep
     )
 
 
+def _types(catalog: Catalog, base: Entry, deployed: Sequence[str]) -> set[str]:
+    """What the deployed ControlNets of the base know."""
+    return {mode for name in deployed if base.id in (entry := catalog.entry(name)).fits for mode in _modes(entry)}
+
+
 def _modes(entry: Entry) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], entry.options.get("modes", {}))
 
 
-def _request(control: ControlInput, where: str, entry: Entry, steps: int) -> ControlRequest:
+def _request(control: ControlInput, where: str, entry: Entry, drawn: range) -> ControlRequest:
     """What the request says, then the workflow, then the model's card."""
     card = cast(Mapping[str, Mapping[str, float]], entry.options.get("per_mode", {})).get(control.type, {})
 
@@ -113,12 +135,8 @@ def _request(control: ControlInput, where: str, entry: Entry, steps: int) -> Con
         return float(said if said is not None else card.get(name, otherwise))
 
     made = ControlRequest(model=entry.id, mode=control.type, scale=value("scale", 1), start=value("start", 0), end=value("end", 1))
-    if made.scale and not active_steps(steps, made.start, made.end):
-        window = f"from {made.start:g} to {made.end:g} of the schedule"
-        message = f"`{where}` would act {window}, which holds none of the picture's {steps} steps whole."
-        raise InvalidRequest(
-            message, "Widen the window, or take more steps; for no control at all use scale 0.", {"param": where, "steps": steps}
-        )
+    if made.scale:
+        refuse_empty(f"`{where}`", "for no control at all use scale 0", made.start, made.end, drawn, where)
     return made
 
 
@@ -126,6 +144,9 @@ def _source(control: ControlInput, where: str, entry: Entry, prompt: str, limits
     edits = tuple(json.dumps(edit, sort_keys=True) for edit in control.edits)
     for edit in edits:
         edit_of(edit)
+    if control.type in _UNMADE and not control.prepared:
+        remedy = "Send a finished one, with `prepared: true`."
+        raise InvalidRequest(f"No model is deployed that makes {control.type} of a picture.", remedy, {"param": f"{where}.prepared"})
     figure = str(entry.options.get("figure", "human"))
     if control.image is not None:
         place = where if where.startswith(_FORM) else f"{where}.image"

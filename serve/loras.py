@@ -68,7 +68,7 @@ def add_lora_routes(app: FastAPI, calls: LoraCalls, max_bytes: int, owner_of: Ca
         return LoraItem.of(await calls.get(id, owner_of(request)))
 
     async def delete(id: str, request: Request) -> LoraDeleted:
-        """Delete one of your LoRAs, and its file. What is being drawn with it is finished."""
+        """Delete one of your LoRAs, and its file. A request that has not read it yet fails."""
         await calls.delete(id, owner_of(request))
         return LoraDeleted(id=id)
 

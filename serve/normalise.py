@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, cast
 
@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from deployments.catalog import Catalog, Entry, license_policy, refuse_licence
 from deployments.contracts import ControlSource, GenerationSpec, Mask, PersonPictures
+from deployments.denoisers.windows import first_step
 from deployments.errors import InvalidRequest, UnsupportedCombination
 from deployments.images import DEFAULT_LIMITS, Limits
 from serve.additions import NO_POSE, beginning_of, controls_of, loras_of
-from serve.persons import identity_of, masks_of, people_of, pictures_of
+from serve.persons import identity_of, masks_of, people_of, pictures_of, who
 from serve.presets import Preset, find, load_presets
 from serve.problem import invalid
 from serve.schemas import STEP_SCALE, GenerateRequest, PersonInput
@@ -86,14 +87,16 @@ def normalise(
     people = list(people_of(request, preset))
     width, height = _size(request, values, entry)
     steps = int(values.of("num_inference_steps"))
+    begin, strength = beginning_of(request, steps, limits)
+    drawn = range(first_step(steps, strength), steps)
     masks = masks_of(people, (width, height), limits)
-    catalog.refuse_combination(entry.family, _present(request, people, masks))
+    for present in _present(request, people, masks):
+        catalog.refuse_combination(entry.family, present)
     identities = tuple(
-        identity_of(person, where, values, catalog, entry, steps, mask) for (where, person), mask in zip(people, masks, strict=True)
+        identity_of(person, where, values, catalog, entry, drawn, mask) for (where, person), mask in zip(people, masks, strict=True)
     )
     deployed = controls if controls is not None else [item.id for item in catalog.models.values() if item.role == "control"]
-    led = controls_of(request, preset.pose if preset else None, catalog, entry, deployed, steps, limits)
-    begin, strength = beginning_of(request, limits)
+    led = controls_of(request, preset.pose if preset else None, catalog, entry, deployed, drawn, limits)
     seed = request.seed if request.seed is not None else secrets.randbelow(_RANDOM_SEEDS)
     specs = [
         GenerationSpec(
@@ -116,12 +119,14 @@ def normalise(
         for k in range(request.n)
     ]
     if specs[0].needs_negative:
-        refuse_empty("True CFG", "for none at all leave `true_cfg_scale` at 1", specs[0].true_cfg_start, 1.0, steps, "true_cfg_start")
+        refuse_empty("True CFG", "for none at all leave `true_cfg_scale` at 1", specs[0].true_cfg_start, 1.0, drawn, "true_cfg_start")
     return Wanted(specs, pictures_of(people, limits), led.sources, begin)
 
 
-def recipe(wanted: Wanted) -> dict[str, Any]:
+def recipe(wanted: Wanted, server: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every value that changes the pixels of the first picture, as JSON: what an answer returns and a picture file carries.
+
+    server: what of its settings does (`reports.drawn_with`).
 
     Pictures stand in it as the sha256 of their bytes, so the recipe of a picture is the same wherever it was asked for.
     """
@@ -141,6 +146,7 @@ def recipe(wanted: Wanted) -> dict[str, Any]:
         for control, source in zip(spec.controls, sources, strict=True)
     ]
     values["begin"] = _digest(begin) if begin is not None else None
+    values["server"] = dict(server or {})
     return values
 
 
@@ -148,17 +154,19 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _present(request: GenerateRequest, people: list[tuple[str, PersonInput]], masks: list[Mask | None]) -> set[str]:
-    """What of the catalogue's combinations a request holds."""
+def _present(request: GenerateRequest, people: list[tuple[str, PersonInput]], masks: list[Mask | None]) -> Iterator[set[str]]:
+    """What of the catalogue's combinations a request holds: all but people and masks at once, those by the method that has them."""
     said = {
         "loras": request.loras,
         "controls": request.controls or request.pose_image or request.pose not in (None, NO_POSE),
         "image": request.image,
         "true_cfg": (request.true_cfg_scale or 1) > 1,
-        "people": len({tuple(person.images) for _, person in people}) > 1,
-        "masks": any(mask is not None for mask in masks),
     }
-    return {cast(str, person.method) for _, person in people} | {name for name, there in said.items() if there}
+    yield {cast(str, person.method) for _, person in people} | {name for name, there in said.items() if there}
+    for method in {cast(str, person.method) for _, person in people}:
+        own = [(who(person), mask) for (_, person), mask in zip(people, masks, strict=True) if person.method == method]
+        several, placed = len({person for person, _ in own}) > 1, any(mask is not None for _, mask in own)
+        yield {method, *(["people"] if several else []), *(["masks"] if placed else [])}
 
 
 def _size(request: GenerateRequest, values: Values, base: Entry) -> tuple[int, int]:

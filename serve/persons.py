@@ -49,6 +49,11 @@ def _with_method(person: PersonInput, default: str | None, where: str) -> Person
     return person.model_copy(update={"method": default})
 
 
+def who(person: PersonInput) -> tuple[object, ...]:
+    """Equal for one person's two methods: the same face of the same pictures."""
+    return (tuple(person.images), person.face_index)
+
+
 def masks_of(people: list[tuple[str, PersonInput]], size: tuple[int, int], limits: Limits) -> list[Mask | None]:
     """Where each identity acts, None for everywhere. Raises InvalidRequest where different people are given the same place."""
     found: list[Mask | None] = []
@@ -63,13 +68,13 @@ def masks_of(people: list[tuple[str, PersonInput]], size: tuple[int, int], limit
         else:
             found.append(None)
     # Two methods may bring in one person at one place.
-    given = [(where, tuple(person.images), mask) for (where, person), mask in zip(people, found, strict=True) if mask is not None]
+    given = [(where, who(person), mask) for (where, person), mask in zip(people, found, strict=True) if mask is not None]
     refuse_overlaps(given)
     return found
 
 
 def identity_of(
-    person: PersonInput, where: str, values: Values, catalog: Catalog, base: Entry, steps: int, mask: Mask | None
+    person: PersonInput, where: str, values: Values, catalog: Catalog, base: Entry, drawn: range, mask: Mask | None
 ) -> IdentityRequest:
     prefix = "" if where.startswith("reference") else f"{where}."
     try:
@@ -78,11 +83,11 @@ def identity_of(
         details = {**error.details, "param": f"{prefix}{error.details.get('param', 'method')}"}
         raise type(error)(error.message, error.remedy, details) from error
     refuse_licence(entry, license_policy())
-    start, end = _window(person, entry, values, steps, prefix)
+    start, end = _window(person, entry, values, drawn.stop, prefix)
     weight = _weight(person, entry, values, prefix)
     if weight:
         said = next((name for name in ("start", "start_step", "end") if getattr(person, name) is not None), "start")
-        refuse_empty("Identity", "for no identity at all use weight 0", start, end, steps, f"{prefix}{said}")
+        refuse_empty("Identity", "for no identity at all use weight 0", start, end, drawn, f"{prefix}{said}")
     version = entry.options.get("version")
     return IdentityRequest(
         method=entry.family,

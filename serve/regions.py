@@ -69,10 +69,10 @@ def boxed(box: Sequence[float], size: tuple[int, int], where: str) -> Mask:
 def painted(data: bytes, size: tuple[int, int], where: str, limits: Limits = DEFAULT_LIMITS) -> Mask:
     """A picture file in the shape of the drawing, of (width, height) pixels: white is here, black is not, grey is a share.
 
-    What is transparent counts as white, as everywhere in Likeness. Raises InvalidImage, InvalidRequest.
+    What is transparent is not here. Raises InvalidImage, InvalidRequest.
     """
     try:
-        picture = decode(data, replace(limits, pixels=min(limits.pixels, _MOST_PIXELS)))
+        picture = decode(data, replace(limits, pixels=min(limits.pixels, _MOST_PIXELS)), "black")
     except InvalidImage as error:
         raise InvalidImage(f"`{where}`: {error.message}", error.remedy, {**error.details, "param": where}) from error
     height, width = picture.shape[:2]

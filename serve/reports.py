@@ -46,8 +46,22 @@ def _workflow(preset: Preset, base: Entry) -> WorkflowInfo:
     )
 
 
-def warnings_of(request: GenerateRequest, presets: Mapping[str, Preset], spec: GenerationSpec, unread: Sequence[str]) -> Iterator[str]:
+def drawn_with(settings: AppSettings) -> dict[str, Any]:
+    """What of a server's settings changes pixels."""
+    chosen = settings.denoiser.torch
+    storage = next((name for name in ("fp8", "nf4") if chosen.memory.startswith(name)), "as published")
+    return {"dtype": chosen.dtype, "weights": storage, "cache_threshold": chosen.cache_threshold}
+
+
+def warnings_of(
+    request: GenerateRequest, presets: Mapping[str, Preset], spec: GenerationSpec, unread: Sequence[str], settings: AppSettings
+) -> Iterator[str]:
     """What was done otherwise than the caller may think."""
+    own = drawn_with(settings)
+    if own["weights"] != "as published":
+        yield f"This server draws with {own['weights']} weights, which changes pixels a little (docs/memory_modes.md)."
+    if own["cache_threshold"]:
+        yield f"This server draws with a cache (threshold {own['cache_threshold']:g}), which changes pixels (docs/first_block_cache.md)."
     for name, rest in zip(("prompt", "negative_prompt"), unread, strict=False):
         if rest:
             yield f"The end of `{name}` was not read: {rest!r}."

@@ -161,6 +161,8 @@ class ControlInput(Strict):
             raise ValueError("give either `image` or, for type pose, the name of a `pose`")
         if self.pose is not None and self.type != "pose":
             raise ValueError(f"a `pose` is for type pose, not for {self.type}; give an `image`")
+        if self.prepared and self.pose is not None:
+            raise ValueError("`prepared` is of an `image`; a pose by its name is drawn here")
         if self.edits and self.type != "pose":
             raise ValueError(f"`edits` are for type pose, not for {self.type}")
         return self
@@ -171,7 +173,10 @@ class PersonInput(Window):
 
     ALIASES: ClassVar[Mapping[str, str]] = {**_PERSON_ALIASES, "strength": "weight", "reference_images": "images"}
 
-    method: str | None = Field(default=None, description="`pulid` or `xlabs-ip-adapter-v2`; the workflow's own where it has one.")
+    method: str | None = Field(
+        default=None,
+        description="A method of identity, as `GET /v1/workflows` lists them; the workflow's own where it has one.",
+    )
     images: list[Picture] = Field(
         min_length=1, max_length=MAX_REFERENCES, description="Pictures of this one person; see `blend` for more than one."
     )
@@ -236,7 +241,10 @@ class GenerateRequest(Window):
     )
     reference_image: Picture | None = Field(default=None, description="The picture of the person (a list of one `reference_images`).")
     reference_images: list[Picture] | None = Field(
-        default=None, min_length=1, max_length=MAX_REFERENCES, description="Several pictures of the same person; they are averaged."
+        default=None,
+        min_length=1,
+        max_length=MAX_REFERENCES,
+        description="Several pictures of the same person; `blend` says how they become one.",
     )
     identity: PersonInput | None = Field(default=None, description="One person with all that belongs to them: `identities` with one item.")
     identities: list[PersonInput] | None = Field(

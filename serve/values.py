@@ -56,11 +56,16 @@ class Values:
         return [self.preset.styles.get(str(style), {}), self.preset.bases.get(self.base.id, {}), self.preset.defaults]
 
 
-def refuse_empty(what: str, way_out: str, start: float, end: float, steps: int, param: str) -> None:
-    """Refuses a window in which no step lies wholly: what was asked for would be left out without a word."""
-    if active_steps(steps, start, end):
+def refuse_empty(what: str, way_out: str, start: float, end: float, drawn: range, param: str) -> None:
+    """Refuses a window in which no step lies wholly: what was asked for would be left out without a word. drawn: the steps that are made,
+    the last ones of drawn.stop; with a picture to begin from, not all of them."""
+    steps = drawn.stop
+    window = active_steps(steps, start, end)
+    if max(window.start, drawn.start) < window.stop:
         return
     message = f"{what} would act from {start:g} to {end:g} of the schedule, which holds none of the picture's {steps} steps whole."
+    if window and drawn.start:
+        message = f"{what} would act from {start:g} to {end:g} of the schedule; `strength` leaves only steps {drawn.start} to {steps - 1}."
     remedy = f"Step i of {steps} goes from i / {steps} to (i + 1) / {steps}: widen the window, or take more steps; {way_out}."
     raise InvalidRequest(message, remedy, {"param": param, "steps": steps})
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
@@ -45,12 +45,9 @@ from serve.normalise import Wanted, normalise, parse, recipe
 from serve.persons import entry_of
 from serve.presets import load_presets
 from serve.problem import invalid
-from serve.reports import face_info, left_out, scores_of, warnings_of, workflows_of
+from serve.reports import drawn_with, face_info, left_out, scores_of, warnings_of, workflows_of
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
 from serve.settings import AppSettings
-
-if TYPE_CHECKING:
-    pass
 
 Handle = Any
 """A DeploymentHandle. Its types say neither what a method answers nor that a stream can be read."""
@@ -100,6 +97,7 @@ class Workflows:
             settings.base,
             *settings.methods,
             *settings.controlnets,
+            *([settings.controls.models.keypoints] if settings.controls.models.keypoints else []),
             settings.faces.models.faces,
             settings.faces.models.judge,
             settings.faces.models.parser,
@@ -129,7 +127,7 @@ class Workflows:
         wanted = await self._wanted(request)
         specs, first = wanted.specs, wanted.specs[0]
         # The pictures of a request differ in nothing but the seed, and every reference is hashed for it: made once.
-        made = await asyncio.to_thread(recipe, wanted)
+        made = await asyncio.to_thread(recipe, wanted, drawn_with(self._settings))
         if request.output_format == "jpeg":  # which may have no room for the recipe: known now, not after the drawing
             images.parameters_text({**made, "seed": specs[-1].seed}, request.output_format)
         party = self._party(first.identities, tuple(wanted.people), request.scores)
@@ -151,8 +149,8 @@ class Workflows:
                 task.cancel()
             raise
         seconds.add({"total": time.perf_counter() - started})
-        warnings = [*warnings_of(request, self._presets, first, await unread), *left_out(drawn)]
-        return self._answer(first, made, request, items, seconds.spent, warnings)
+        warnings = [*warnings_of(request, self._presets, first, await unread, self._settings), *left_out(drawn)]
+        return self._answer(wanted, made, request, items, seconds.spent, warnings)
 
     async def _wanted(self, request: GenerateRequest) -> Wanted:
         settings = self._settings
@@ -301,17 +299,17 @@ class Workflows:
 
     def _answer(
         self,
-        spec: GenerationSpec,
+        wanted: Wanted,
         made: dict[str, Any],
         request: GenerateRequest,
         items: list[ImageItem],
         seconds: Mapping[str, float],
         warnings: list[str],
     ) -> GenerateResponse:
-        entries = self._used(spec, request.scores and bool(spec.identities))
+        entries = self._used(wanted, request.scores and bool(wanted.specs[0].identities))
         return GenerateResponse(
             created=int(time.time()),
-            model=spec.base,
+            model=wanted.specs[0].base,
             data=items,
             timings={stage: round(value, 4) for stage, value in seconds.items()},
             models=[entry.id for entry in entries],
@@ -320,13 +318,16 @@ class Workflows:
             warnings=warnings,
         )
 
-    def _used(self, spec: GenerationSpec, scored: bool) -> list[Entry]:
+    def _used(self, wanted: Wanted, scored: bool) -> list[Entry]:
         """Every model that had a part in the pixels or in their scores."""
-        models = self._settings.faces.models
+        models, spec = self._settings.faces.models, wanted.specs[0]
+        keypoints = self._settings.controls.models.keypoints
+        found = any(source.mode == "pose" and source.picture is not None and not source.prepared for source in wanted.sources)
         methods = [entry_of(self._catalog, identity.method, spec.base, identity.version).id for identity in spec.identities]
         faces = [models.faces, models.parser] if methods else []
         controls = [control.model for control in spec.controls if control.scale]
-        names = dict.fromkeys([spec.base, *methods, *controls, *faces, *([models.judge] if scored else [])])
+        poses = [keypoints] if found and keypoints else []
+        names = dict.fromkeys([spec.base, *methods, *controls, *poses, *faces, *([models.judge] if scored else [])])
         return [self._catalog.entry(name) for name in names]
 
 

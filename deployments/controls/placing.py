@@ -12,11 +12,11 @@ from deployments.controls.skeleton import Skeleton, cropped
 
 
 def covering(picture: RGB, width: int, height: int) -> RGB:
-    """RGB [H, W, 3] -> [height, width, 3]: as small as covers it, centred; what hangs over is cut off."""
+    """RGB [H, W, 3] -> [height, width, 3]: as small as covers it, centred; what hangs over is cut off, before it could take memory."""
     factor = max(width / picture.shape[1], height / picture.shape[0])
-    larger = _resized(picture, max(width, round(picture.shape[1] * factor)), max(height, round(picture.shape[0] * factor)))
-    left, top = (larger.shape[1] - width) // 2, (larger.shape[0] - height) // 2
-    return np.ascontiguousarray(larger[top : top + height, left : left + width])
+    across, down = (min(side, max(1, round(wanted / factor))) for side, wanted in ((picture.shape[1], width), (picture.shape[0], height)))
+    left, top = (picture.shape[1] - across) // 2, (picture.shape[0] - down) // 2
+    return np.ascontiguousarray(_resized(picture[top : top + down, left : left + across], width, height))
 
 
 def on_black(picture: RGB, width: int, height: int) -> RGB:

@@ -33,14 +33,15 @@ from deployments.contracts import (
 from deployments.denoisers.base import NO_GUIDES, Cancelled, OnStep, ignored, never
 from deployments.denoisers.first_block_cache import FirstBlockCache
 from deployments.denoisers.flux1_controlnet import UnionControl
-from deployments.denoisers.flux1_loop import Call, Control, Influence, Text, denoise
+from deployments.denoisers.flux1_loop import TEXT_KEY, Call, Control, Influence, Text, denoise
 from deployments.denoisers.folders import open_part
 from deployments.denoisers.latents import PATCH, Grid, from_picture, noise, pack, positions, to_picture, unpack
 from deployments.denoisers.lora.shelf import Files, LoraShelf
 from deployments.denoisers.lora.stack import applied
 from deployments.denoisers.memory import MemoryMode, arrange
-from deployments.denoisers.schedule import first_step, sampler
+from deployments.denoisers.schedule import sampler
 from deployments.denoisers.single_file import open_transformer, open_vae
+from deployments.denoisers.windows import first_step
 from deployments.errors import Cancelled as CancelledError
 from deployments.errors import InvalidRequest, UnsupportedCombination
 
@@ -129,6 +130,9 @@ class Flux1Denoiser:
             # Without waiting here the CPU would queue every forward before the first has run, and a cancel would come too late for all.
             self._settle()
             _refuse_cancelled(spec, cancelled)
+            # What a control adds lies in what was cached, and the length of the text may change: then nothing is skipped.
+            if self._cache is not None and (spec.controls or any(adapter.key == TEXT_KEY for adapter in self._used(identities))):
+                self._cache.forget()
 
         def report(step: int) -> None:
             self._settle()
@@ -227,6 +231,9 @@ class Flux1Denoiser:
             controls=[self._control(request, picture) for request, picture in controls if request.scale],
             first_step=first_step(spec.steps, spec.strength),
         )
+
+    def _used(self, identities: Sequence[IdentityTokens]) -> list[IdentityAdapter]:
+        return [self._adapters[tokens.model] for tokens in identities]
 
     def _nets(self, spec: GenerationSpec) -> list[nn.Module]:
         return [self._controls[model].net for model in dict.fromkeys(control.model for control in spec.controls if control.scale)]

@@ -23,11 +23,6 @@ def shift_of(config: Mapping[str, Any], tokens: int) -> float:
     return tokens * slope + (low - slope * short)
 
 
-def first_step(steps: int, strength: float) -> int:
-    """The step from which a share `strength` of the schedule is left, at least one of them (FluxImg2ImgPipeline.get_timesteps)."""
-    return min(int(max(steps - steps * strength, 0)), steps - 1)
-
-
 def sampler(
     config: Mapping[str, Any], steps: int, tokens: int, device: torch.device | str = "cpu", first: int = 0
 ) -> FlowMatchEulerDiscreteScheduler:

@@ -19,6 +19,11 @@ def active_steps(steps: int, start: float, end: float) -> range:
     return range(math.ceil(start * steps - _EPSILON), math.floor(end * steps + _EPSILON))
 
 
+def first_step(steps: int, strength: float) -> int:
+    """The step from which a share `strength` of the schedule is left, at least one of them (FluxImg2ImgPipeline.get_timesteps)."""
+    return min(math.floor(max(steps - steps * strength, 0) + _EPSILON), steps - 1)
+
+
 def active(step: int, steps: int, start: float, end: float) -> bool:
     """Whether step 0..steps-1 lies in the window start..end."""
     return step in active_steps(steps, start, end)

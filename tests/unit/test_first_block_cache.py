@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from deployments.contracts import ControlRequest, Guides
 from deployments.denoisers.flux1 import Flux1Denoiser
-from tests.mini_drawing import PULID, denoiser, pulid_person, request, spec, texts
+from deployments.denoisers.flux1_controlnet import UnionControl
+from tests.mini_drawing import PACK, PULID, SIZE, denoiser, pulid_person, request, spec, texts
 
 STEPS = 10
 
@@ -49,6 +52,17 @@ def test_no_request_sees_the_one_before_and_two_passes_keep_apart() -> None:
     first = flux.draw(asked, texts(), [pulid_person("Ada")]).picture
     flux.draw(spec(request(PULID), seed=9, steps=STEPS), texts(), [pulid_person("Bruno")])
     assert np.array_equal(flux.draw(asked, texts(), [pulid_person("Ada")]).picture, first)
+
+
+def test_with_a_control_nothing_is_skipped() -> None:
+    """What a control adds would lie in the cache and be added once more."""
+    nets = {"union": partial(UnionControl, folder=PACK / "flux1-controlnet-union", modes={"pose": 4})}
+    asked = spec(steps=STEPS, controls=(ControlRequest(model="union", mode="pose", scale=1.0),))
+    guides = Guides(controls=(np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), np.uint8),))
+    cached, exact = (
+        denoiser(controls=nets, cache_threshold=threshold).draw(asked, texts(), (), guides).picture for threshold in (0.4, 0.0)
+    )
+    assert np.abs(cached.astype(int) - exact).max() <= 1
 
 
 def test_a_threshold_that_nothing_stays_below_changes_no_pixel_and_ejecting_leaves_the_base(plain: Flux1Denoiser) -> None:
