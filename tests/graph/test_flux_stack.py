@@ -98,6 +98,7 @@ def test_less_strength_keeps_more_of_the_picture(client: Client) -> None:
     assert distance[0] < distance[1] < distance[2] and distance[0] < 20
 
 
+@pytest.mark.slow  # sixteen pictures
 def test_the_later_an_identity_begins_and_the_weaker_it_is_the_less_it_shows(client: Client) -> None:
     def likeness(**fields: float) -> float:
         cosines = []

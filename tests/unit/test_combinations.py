@@ -110,7 +110,7 @@ def with_(asked: Asked, feature: str, by: str = "pulid") -> Asked:
 
 def draw(mini: Flux1Denoiser, asked: Asked) -> RGB:
     requests = tuple(request for request, _ in asked.people)
-    return mini.draw(spec(*requests, **asked.fields), texts(), [tokens for _, tokens in asked.people], asked.guides).picture
+    return mini.draw(spec(*requests, **{"steps": 2, **asked.fields}), texts(), [tokens for _, tokens in asked.people], asked.guides).picture
 
 
 def test_every_pair_is_said_once() -> None:
