@@ -29,9 +29,10 @@ from deployments.denoisers.flux1_loop import Call, Influence, Text, denoise
 from deployments.denoisers.latents import Grid, positions, unpack
 from deployments.denoisers.lora.stack import applied
 from deployments.denoisers.lora.weights import LoraWeights
-from deployments.denoisers.memory import Arrangement, MemoryMode, arrange
+from deployments.denoisers.memory import Arrangement, arrange
 from deployments.denoisers.placement import Resident, Whole
 from deployments.denoisers.schedule import sampler
+from deployments.hardware import MemoryMode
 from deployments.identity.pulid import CONDITION_KEY, PuLIDCondition, inject
 
 STEPS = 4

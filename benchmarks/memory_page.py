@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from deployments.denoisers.memory import CHANGES_PIXELS, MemoryMode
+from deployments.denoisers.memory import CHANGES_PIXELS
+from deployments.hardware import MemoryMode
 
 # What others report for pipelines of the same parts, in GB: PuLID's own demo (ToTheBeginning/PuLID, docs/pulid_for_flux.md; its
 # "aggressive offload" is our `sequential`), and a character workflow in ComfyUI on an RTX A6000, bf16.

@@ -13,20 +13,17 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from deployments.catalog import load_catalog
 from deployments.contracts import Drawn, GenerationSpec, Guides, Identities, Progress, Prompts
-from deployments.hardware import TorchSettings, claim
+from deployments.hardware import MemoryMode, TorchSettings, claim
 from deployments.store.settings import StoreSettings
 
 if TYPE_CHECKING:
     from deployments.store.loras import LoraStore
-
-# As deployments/denoisers/memory.py has them, which imports torch; a test compares the two.
-MemoryMode = Literal["full", "offload", "group", "sequential", "fp8", "fp8-offload", "fp8-sequential", "nf4", "nf4-offload"]
 
 
 class DenoiserSettings(TorchSettings):

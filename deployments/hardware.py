@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+MemoryMode = Literal["full", "offload", "group", "sequential", "fp8", "fp8-offload", "fp8-sequential", "nf4", "nf4-offload"]
+"""How a denoiser's weights lie; deployments/denoisers/memory.py explains and arranges them."""
 
 
 class TorchSettings(BaseModel):

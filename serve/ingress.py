@@ -25,7 +25,7 @@ from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, Mo
 from serve.attachments import PICTURE_FIELDS
 from serve.loras import LoraCalls, add_lora_routes, everybody
 from serve.presets import Preset, load_presets
-from serve.problem import MEDIA_TYPE, Problem, problem_of
+from serve.problem import MEDIA_TYPE, Problem, once, problem_of
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
 
 _LOG = logging.getLogger("likeness")
@@ -184,7 +184,7 @@ def _parsed(text: bytearray | str, what: str) -> Any:
     """JSON in which no name is given twice, of no more levels and values than a request can have. Raises InvalidRequest."""
     tangled = InvalidRequest(f"{what} has more levels or more values than any request has.", "Send fields of a request, see /docs.")
     try:
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=once)
     except RecursionError as error:
         raise tangled from error
     except ValueError as error:
@@ -204,16 +204,6 @@ def _children(item: object) -> list[Any]:
     if isinstance(item, dict):
         return list(item.values())
     return item if isinstance(item, list) else []
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Of a name given twice the last would count, in silence."""
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise InvalidRequest(f"The field {ascii(name[:60])} is given twice.", "Give it once.")
-        fields[name] = value
-    return fields
 
 
 async def _form(request: Request, limit: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from deployments.errors import InvalidRequest
 from deployments.store.loras import LoraInfo
 from deployments.store.settings import EVERYBODY
 from serve.answers import LoraDeleted, LoraItem, LorasResponse
-from serve.problem import MEDIA_TYPE, Problem, invalid
+from serve.problem import MEDIA_TYPE, Problem, given_twice, invalid, once
 
 _PATH, _ONE = "/v1/loras", "/v1/loras/{id}"
 _MULTIPART = "multipart/form-data"
@@ -149,7 +149,7 @@ async def _form(request: Request) -> dict[str, Any]:
         async with request.form(max_files=1, max_fields=8, max_part_size=_AROUND_BYTES) as form:
             for name, value in form.multi_items():
                 if name in fields:
-                    raise _twice(name)
+                    raise given_twice(name)
                 if isinstance(value, UploadFile) != (name == "file"):
                     raise InvalidRequest(f"{ascii(name[:60])} came as a {'file' if name != 'file' else 'text'}.", "Send `file` as a file.")
                 fields[name] = value
@@ -170,26 +170,12 @@ def _called(filename: str) -> str:
 def _json(content: bytes) -> dict[str, Any]:
     remedy = "Send JSON with `file` (base64) and `name`, or a form with the file."
     try:
-        fields = json.loads(content, object_pairs_hook=_once)
+        fields = json.loads(content, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("The body is no JSON.", remedy) from error
     if not isinstance(fields, dict):
         raise InvalidRequest("The body is not a JSON object.", remedy)
     return fields
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Of a name given twice the last would count, in silence."""
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise _twice(name)
-        fields[name] = value
-    return fields
-
-
-def _twice(name: str) -> InvalidRequest:
-    return InvalidRequest(f"The field {ascii(name[:60])} is given twice.", "Give it once.")
 
 
 def _too_large(limit: int) -> InvalidRequest:

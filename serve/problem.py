@@ -128,3 +128,17 @@ def _kinds(kind: type[LikenessError]) -> Iterator[type[LikenessError]]:
     yield kind
     for child in kind.__subclasses__():
         yield from _kinds(child)
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Of a name given twice the last would count, in silence."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise given_twice(name)
+        fields[name] = value
+    return fields
+
+
+def given_twice(name: str) -> InvalidRequest:
+    return InvalidRequest(f"The field {ascii(name[:60])} is given twice.", "Give it once.")

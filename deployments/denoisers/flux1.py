@@ -38,12 +38,13 @@ from deployments.denoisers.folders import open_part
 from deployments.denoisers.latents import PATCH, Grid, from_picture, noise, pack, positions, to_picture, unpack
 from deployments.denoisers.lora.shelf import Files, LoraShelf
 from deployments.denoisers.lora.stack import applied
-from deployments.denoisers.memory import MemoryMode, arrange
+from deployments.denoisers.memory import arrange
 from deployments.denoisers.schedule import sampler
 from deployments.denoisers.single_file import open_transformer, open_vae
 from deployments.denoisers.windows import first_step
 from deployments.errors import Cancelled as CancelledError
 from deployments.errors import InvalidRequest, UnsupportedCombination
+from deployments.hardware import MemoryMode
 
 if TYPE_CHECKING:
     from deployments.identity.base import Condition, IdentityAdapter
@@ -131,7 +132,7 @@ class Flux1Denoiser:
             self._settle()
             _refuse_cancelled(spec, cancelled)
             # What a control adds lies in what was cached, and the length of the text may change: then nothing is skipped.
-            if self._cache is not None and (spec.controls or any(adapter.key == TEXT_KEY for adapter in self._used(identities))):
+            if self._cache is not None and (spec.controls or any(self._adapters[tokens.model].key == TEXT_KEY for tokens in identities)):
                 self._cache.forget()
 
         def report(step: int) -> None:
@@ -141,7 +142,7 @@ class Flux1Denoiser:
         with self._loras.held(spec.loras) as loras, self._alone(lambda: _refuse_cancelled(spec, cancelled)), torch.inference_mode():
             watch.lap("wait")
             scheduler = sampler(self._schedule, spec.steps, grid.tokens, self._device, first)
-            call = self._call(spec, grid, embeds, identities, guides, scheduler.sigmas[first])
+            call = self._call(spec, grid, embeds, identities, guides, first, scheduler.sigmas[first])
             watch.lap("condition")
             if self._cache is not None:
                 self._cache.forget()
@@ -208,9 +209,10 @@ class Flux1Denoiser:
         embeds: PromptEmbeds,
         identities: Sequence[IdentityTokens],
         guides: Guides,
+        first: int,
         sigma: Tensor,
     ) -> Call:
-        """sigma: the noise level of the first step."""
+        """first: the step with which the drawing begins; sigma: its noise level."""
         generator = torch.Generator().manual_seed(spec.seed)
         latents = noise(grid, generator).to(self._device)
         if guides.begin is not None:
@@ -229,11 +231,8 @@ class Flux1Denoiser:
             true_cfg_start=spec.true_cfg_start,
             influences=[self._influence(request, tokens, grid, spec.needs_negative) for request, tokens in people if request.weight],
             controls=[self._control(request, picture) for request, picture in controls if request.scale],
-            first_step=first_step(spec.steps, spec.strength),
+            first_step=first,
         )
-
-    def _used(self, identities: Sequence[IdentityTokens]) -> list[IdentityAdapter]:
-        return [self._adapters[tokens.model] for tokens in identities]
 
     def _nets(self, spec: GenerationSpec) -> list[nn.Module]:
         return [self._controls[model].net for model in dict.fromkeys(control.model for control in spec.controls if control.scale)]

@@ -11,21 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from deployments.denoisers.packed import Storage, pack
 from deployments.denoisers.placement import OneAhead, Placement, Resident, Whole
+from deployments.hardware import MemoryMode
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
-
-MemoryMode = Literal["full", "offload", "group", "sequential", "fp8", "fp8-offload", "fp8-sequential", "nf4", "nf4-offload"]
-"""full: everything on the device. offload: the blocks only while they denoise. group: two blocks at a time, the next one coming while
-one computes. sequential: the same with linear modules and norms in place of blocks. In these three the VAE comes only while it decodes.
-fp8, nf4: weights of the blocks in 8 or 4 bits, see deployments/denoisers/packed.py."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,9 @@ _MODES: Mapping[MemoryMode, _Mode] = {
     "nf4": _Mode("nf4", Resident),
     "nf4-offload": _Mode("nf4", Whole),
 }
+"""full: everything on the device. offload: the blocks only while they denoise. group: two blocks at a time, the next one coming while
+one computes. sequential: the same with linear modules and norms in place of blocks. In these three the VAE comes only while it decodes.
+fp8, nf4: weights of the blocks in 8 or 4 bits, see deployments/denoisers/packed.py."""
 
 CHANGES_PIXELS: Mapping[MemoryMode, bool] = {mode: what.storage is not None for mode, what in _MODES.items()}
 """Whether a picture differs from that of `full`. Where weights lie changes no pixel; how they are stored does."""

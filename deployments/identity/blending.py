@@ -53,6 +53,14 @@ def blended(tokens: Tensor, faces: Sequence[Face], mode: str) -> Tensor:
     return BLENDS[mode](tokens, faces) if len(tokens) > 1 else tokens
 
 
+def blended_through(seen: Tensor, faces: Sequence[Face], mode: str, projected: Callable[[Tensor], Tensor]) -> Tensor:
+    """For encoders that see one vector in each reference, [n, 1, width], and project it into tokens: modes that average do so before it,
+    as in the adapter's training, the others choose among tokens. projected: [n, width] -> [n, q, width of a token]."""
+    if mode in AVERAGES:
+        return projected(blended(seen, faces, mode)[0])
+    return blended(projected(seen[:, 0]), faces, mode)
+
+
 def _mean(tokens: Tensor, faces: Sequence[Face]) -> Tensor:
     return tokens.float().mean(0, keepdim=True).to(tokens.dtype)
 

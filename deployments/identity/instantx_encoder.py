@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deployments.contracts import RGB, IdentityRequest, IdentityTokens, Person
 from deployments.errors import CheckpointMismatch
-from deployments.identity.blending import AVERAGES, blended, of_one_person
+from deployments.identity.blending import blended_through, of_one_person
 from deployments.identity.instantx_ip_adapter import load_projection
 from deployments.identity.siglip import Siglip
 from deployments.identity.token_cache import TokenCache, content_key
@@ -56,10 +56,7 @@ class InstantXEncoder:
         """
         kept, left_out = of_one_person(person)
         seen = torch.stack([self._embedding(picture) for picture in kept.pictures])
-        if request.blend in AVERAGES:
-            tokens = self._projected(blended(seen, kept.faces, request.blend)[0])
-        else:
-            tokens = blended(self._projected(seen[:, 0]), kept.faces, request.blend)
+        tokens = blended_through(seen, kept.faces, request.blend, self._projected)
         return IdentityTokens(self._model, tokens, tokens[:, :0], left_out)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from deployments.contracts import RGB, Floats, IdentityRequest, IdentityTokens, Person
 from deployments.errors import CheckpointMismatch
-from deployments.identity.blending import AVERAGES, blended, of_one_person
+from deployments.identity.blending import blended_through, of_one_person
 from deployments.identity.token_cache import TokenCache, content_key
 from deployments.identity.xlabs_ip_adapter import load_projection
 from deployments.pretrained import load_pretrained
@@ -71,10 +71,7 @@ class XLabsEncoder:
         """
         kept, left_out = of_one_person(person)
         seen = torch.stack([self._embedding(picture, face.box) for picture, face in zip(kept.pictures, kept.faces, strict=True)])
-        if request.blend in AVERAGES:
-            tokens = self._projected(blended(seen, kept.faces, request.blend)[0])
-        else:
-            tokens = blended(self._projected(seen[:, 0]), kept.faces, request.blend)
+        tokens = blended_through(seen, kept.faces, request.blend, self._projected)
         nobody = self._nobody.repeat(1, tokens.shape[1] // self._nobody.shape[1], 1)
         return IdentityTokens(self._model, tokens, nobody, left_out)
 

@@ -90,7 +90,7 @@ def our_latents(flux: Flux1Denoiser) -> Tensor:
     scheduler = sampler(flux._schedule, STEPS, GRID.tokens)
     with torch.inference_mode(), flux._loras.held(asked.loras) as loras:
         tokens = [pulid_person("Ada"), xlabs_person("Ada")]
-        call = flux._call(asked, GRID, texts(), tokens, Guides(controls=(picture(),)), scheduler.sigmas[0])
+        call = flux._call(asked, GRID, texts(), tokens, Guides(controls=(picture(),)), 0, scheduler.sigmas[0])
         with applied(flux.transformer, loras):
             return denoise(flux.transformer, scheduler, call, before_forward=lambda: None, after_step=lambda step: None)
 

@@ -17,9 +17,10 @@ from deployments.denoisers.latents import Grid, noise, positions, unpack
 from deployments.denoisers.lora.places import places
 from deployments.denoisers.lora.stack import applied
 from deployments.denoisers.lora.weights import LoraFacts, LoraWeights, LowRank
-from deployments.denoisers.memory import CHANGES_PIXELS, Arrangement, MemoryMode, arrange
+from deployments.denoisers.memory import CHANGES_PIXELS, Arrangement, arrange
 from deployments.denoisers.packed import Fp8Linear, Nf4Linear, pack
 from deployments.denoisers.schedule import sampler
+from deployments.hardware import MemoryMode
 from tests.mini_drawing import ATTACH, FLUX, PERSON, PULID, XLABS, request, texts
 from tests.named_weights import named_tensor
 

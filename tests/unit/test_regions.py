@@ -125,12 +125,17 @@ def test_people_may_touch_and_not_overlap() -> None:
 
 
 def test_one_person_by_two_methods_may_stand_in_one_place() -> None:
-    refuse_overlaps([("a", "ada", _strip(0, 0.5)), ("b", "ada", _strip(0.2, 0.6))])
+    places = _strip(0, 0.5), _strip(0.2, 0.6)
+    refuse_overlaps([("a", "ada", places[0]), ("b", "ada", places[1])])
+    with pytest.raises(InvalidRequest, match="overlap on 30"):
+        refuse_overlaps([("a", "ada", places[0]), ("b", "bruno", places[1])])
 
 
 def test_thin_grey_is_no_overlap() -> None:
-    grey = painted(_picture(np.full((80, 800), 0.4, np.float32)), (800, 80), "mask")
-    refuse_overlaps([("a", "ada", grey), ("b", "bruno", grey)])
+    thin, thick = (painted(_picture(np.full((80, 800), grey, np.float32)), (800, 80), "mask") for grey in (0.4, 0.6))
+    refuse_overlaps([("a", "ada", thin), ("b", "bruno", thin)])
+    with pytest.raises(InvalidRequest, match="overlap on 100"):
+        refuse_overlaps([("a", "ada", thick), ("b", "bruno", thick)])
 
 
 def test_masks_of_two_drawings_are_not_compared() -> None:

@@ -195,6 +195,8 @@ def test_a_hub_file_that_is_not_cached_is_named_with_the_command(tmp_path: Path)
 def test_a_fitting_state_passes() -> None:
     net = torch.nn.Linear(3, 2)
     check_state_dict({"weight": (2, 3), "bias": torch.Size([2])}, net.state_dict(), "net.safetensors")
+    with pytest.raises(CheckpointMismatch, match="bias"):
+        check_state_dict({"weight": (2, 3)}, net.state_dict(), "net.safetensors")
 
 
 def test_every_misfit_is_named() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,4 +53,4 @@ class LoraShelf:
         if self._files is None:
             raise UnsupportedCombination("This server draws without LoRAs.", "Leave `loras` out, or set a folder for them in its settings.")
         files = self._files
-        return self._cache.held(lora.sha256, partial(lambda sha256: open_lora(files(sha256), self._transformer), lora.sha256))
+        return self._cache.held(lora.sha256, lambda: open_lora(files(lora.sha256), self._transformer))

@@ -18,7 +18,7 @@ from training.mini.flux_folder import flux_config
 from training.mini.generator import autoencoder
 from training.mini.generator.bank import Bank
 from training.mini.generator.context import Context
-from training.mini.generator.flow import FACE_EMPHASIS, face_weights, flow_loss, noised, pack, sample_times
+from training.mini.generator.flow import FACE_EMPHASIS, face_weights, flow_loss, noised, pack, sample_times, velocity_loss
 from training.mini.generator.forward import Prompt, TrainableFlux, initialise
 from training.mini.generator.text import TEXT_TOKENS, TextEncoders, empty_caption
 from training.mini.optimise import Losses, Outcome, Recipe, optimise
@@ -111,8 +111,7 @@ def train_guidance(context: Context, recipe: Recipe) -> Outcome:
             with torch.no_grad():
                 target = _guided(guide, teacher.text(tokens), teacher.text(empty_caption().to(device).expand(n)), batch, guidance)
             velocity = learner.velocity(batch.noisy, student.text(tokens), batch.times, guidance)
-        error = ((velocity.float() - target) ** 2).mean(-1)
-        return {"loss": (error * batch.weights).mean()}
+        return {"loss": velocity_loss(velocity, target, batch.weights)}
 
     outcome = optimise("guidance", student, recipe, workspace, loss, rounded=student.transformer)
     workspace.save("guidance", student.state_dict(), halved=True)

@@ -59,7 +59,12 @@ def predicted_clean(noisy: Tensor, velocity: Tensor, times: Tensor) -> Tensor:
 
 def flow_loss(velocity: Tensor, clean: Tensor, noise: Tensor, token_weights: Tensor | None = None) -> Tensor:
     """Mean squared error to noise - clean; token_weights [n, tokens] with mean about 1."""
-    error = (velocity.float() - (noise - clean)) ** 2
+    return velocity_loss(velocity, noise - clean, token_weights)
+
+
+def velocity_loss(velocity: Tensor, target: Tensor, token_weights: Tensor | None = None) -> Tensor:
+    """Mean squared error [n, tokens, 64]; token_weights as in `flow_loss`."""
+    error = (velocity.float() - target) ** 2
     return error.mean() if token_weights is None else (error.mean(-1) * token_weights).mean()
 
 

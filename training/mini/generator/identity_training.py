@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training.mini.generator import autoencoder, base
 from training.mini.generator.bank import References
 from training.mini.generator.context import Context
-from training.mini.generator.flow import FACE_EMPHASIS
+from training.mini.generator.flow import FACE_EMPHASIS, velocity_loss
 from training.mini.generator.forward import TrainableFlux
 from training.mini.generator.identity_loss import IdentityLoss, Judged
 from training.mini.generator.text import TEXT_TOKENS
@@ -83,7 +83,7 @@ def train_adapter(
             velocity = flux.velocity(batch.noisy, prompt, batch.times, scales, **attached)
         strength = counts.guidance * (~drop).float()[:, None, None]
         target = anyone + strength * (batch.noise - batch.clean - plain)
-        return (((velocity.float() - target) ** 2).mean(-1) * batch.weights).mean()
+        return velocity_loss(velocity, target, batch.weights)
 
     def identity() -> Judged:
         index = bank.draw(faces)
