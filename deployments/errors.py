@@ -14,9 +14,22 @@ Knows nothing of HTTP, Ray or models: the ingress reads `code` and `status`, the
     │   ├── InvalidLora               invalid_lora               422
     │   ├── LoraIncompatible          lora_incompatible          422
     │   ├── LoraNotFound              lora_not_found             404
+    │   ├── CharacterNotFound         character_not_found        404
+    │   ├── JobNotFound               job_not_found              404
+    │   ├── ArtifactNotFound          artifact_not_found         404
+    │   ├── IdempotencyConflict       idempotency_conflict       409
+    │   ├── TooLarge                  too_large                  413
+    │   ├── UrlNotAllowed             url_not_allowed            422
+    │   ├── ModeratedInput            moderated_input            422
+    │   ├── ModeratedOutput           moderated_output           422
+    │   ├── Unauthenticated           unauthenticated            401
+    │   ├── Forbidden                 forbidden                  403
     │   └── LicenseRefused            license_refused            403
     ├── QueueFull                     queue_full                 429
+    ├── RateLimited                   rate_limited               429
+    ├── QuotaExceeded                 quota_exceeded             429
     ├── Cancelled                     canceled                   499
+    ├── ReplicaLost                   replica_lost               503
     ├── ServerUnreachable             server_unreachable         503
     ├── DeploymentFailed              deployment_failed          503
     ├── StoreUnavailable              store_unavailable          503
@@ -50,6 +63,8 @@ class LikenessError(Exception):
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     advice: ClassVar[str] = "This is a fault of the server: report it together with the request."
+    retryable: ClassVar[bool] = False
+    """Whether the same request, sent again unchanged, may succeed by itself. Jobs are tried again where it says so."""
 
     def __init__(self, message: str, remedy: str | None = None, details: Mapping[str, object] | None = None) -> None:
         super().__init__(message, remedy, details)
@@ -139,6 +154,83 @@ class LoraNotFound(RequestRefused):
     advice = "Use an id that `GET /v1/loras` lists, or upload the LoRA."
 
 
+class CharacterNotFound(RequestRefused):
+    """Whoever asks has no character with this id."""
+
+    code = "character_not_found"
+    status = 404
+    advice = "Use an id that `GET /v1/characters` lists."
+
+
+class JobNotFound(RequestRefused):
+    """Whoever asks has no job with this id."""
+
+    code = "job_not_found"
+    status = 404
+    advice = "Use an id that `GET /v1/jobs` lists; jobs are forgotten some time after they ended."
+
+
+class ArtifactNotFound(RequestRefused):
+    """Whoever asks has no artifact with this id, or it has expired."""
+
+    code = "artifact_not_found"
+    status = 404
+    advice = "Use an address that a job's answer holds, and fetch it before it expires."
+
+
+class IdempotencyConflict(RequestRefused):
+    """The key of a request was used before, with another body."""
+
+    code = "idempotency_conflict"
+    status = 409
+    advice = "Send a new key with a new request; the same key belongs to the same body."
+
+
+class TooLarge(RequestRefused):
+    """The body of a request is larger than the server reads."""
+
+    code = "too_large"
+    status = 413
+    advice = "Send smaller pictures: JPEG, or fewer pixels."
+
+
+class UrlNotAllowed(RequestRefused):
+    """An address may not be fetched from, or posted to, by this server."""
+
+    code = "url_not_allowed"
+    advice = "Send the content itself, or an address that the operator allows."
+
+
+class ModeratedInput(RequestRefused):
+    """What was sent is not let in by the operator's content gate."""
+
+    code = "moderated_input"
+    advice = "Send something else; the operator decides what is let in."
+
+
+class ModeratedOutput(RequestRefused):
+    """What was drawn is not let out by the operator's content gate."""
+
+    code = "moderated_output"
+    advice = "Change the prompt or the pictures; the operator decides what is let out."
+
+
+class Unauthenticated(RequestRefused):
+    """The request brings no API key, or one that is not valid."""
+
+    code = "unauthenticated"
+    status = 401
+    advice = "Send the header `Authorization: Bearer <key>`, with a key that `likeness keys create` made."
+
+
+class Forbidden(RequestRefused):
+    """The API key is valid, and not for this."""
+
+    code = "forbidden"
+    status = 403
+    advice = "Use a key that has the scope which is named."
+
+
 class LicenseRefused(RequestRefused):
     """The licence of some weights does not allow the use that this installation is for."""
 
@@ -153,6 +245,25 @@ class QueueFull(LikenessError):
     code = "queue_full"
     status = 429
     advice = "Send the request again later."
+    retryable = True
+
+
+class RateLimited(LikenessError):
+    """More requests came with this API key than it may send in the time."""
+
+    code = "rate_limited"
+    status = 429
+    advice = "Send the request again after the seconds that the header Retry-After names."
+    retryable = True
+
+
+class QuotaExceeded(LikenessError):
+    """As many requests or jobs of this API key are under way or waiting as may be."""
+
+    code = "quota_exceeded"
+    status = 429
+    advice = "Wait until some of yours have ended, or cancel them."
+    retryable = True
 
 
 class Cancelled(LikenessError):
@@ -164,12 +275,22 @@ class Cancelled(LikenessError):
     advice = "Send the request again if the picture is wanted after all."
 
 
+class ReplicaLost(LikenessError):
+    """The process that worked on the request died; another takes its place."""
+
+    code = "replica_lost"
+    status = 503
+    advice = "Send the request again."
+    retryable = True
+
+
 class ServerUnreachable(LikenessError):
     """The client could not speak with the server: nobody answers at the address, or the answer is not Likeness's."""
 
     code = "server_unreachable"
     status = 503
     advice = "Check the address, and that the server is running (`likeness serve`)."
+    retryable = True
 
 
 class DeploymentFailed(LikenessError):
@@ -186,6 +307,7 @@ class StoreUnavailable(LikenessError):
     code = "store_unavailable"
     status = 503
     advice = "Check that the database answers, that this server is not older than what it holds, and that the disk is not full."
+    retryable = True
 
 
 class WeightsError(LikenessError):
