@@ -251,6 +251,18 @@ class Progress:
 
 
 @dataclass(frozen=True, eq=False)
+class PictureProgress:
+    """How far a request with several pictures is: step of total of picture (0..pictures - 1). preview: a small JPEG, if one was asked
+    for."""
+
+    picture: int
+    pictures: int
+    step: int
+    total: int
+    preview: bytes | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Drawn:
     """The finished picture, and the seconds spent on each stage of drawing it. left_out: of each identity's references, see
     IdentityTokens."""

@@ -36,7 +36,7 @@ def test_a_method_that_is_not_deployed_is_refused_before_a_model_is_asked(tmp_pa
 def test_equal_pictures_written_at_once_are_one_whole_file(tmp_path: Path) -> None:
     workflows, content = _workflows(tmp_path), bytes(range(256)) * 2000
     with ThreadPoolExecutor(16) as threads:
-        paths = set(threads.map(lambda _: workflows._kept(content, "png"), range(400)))
+        paths = set(threads.map(lambda _: workflows._drawing._kept(content, "png"), range(400)))
     assert [Path(path) for path in paths] == list(tmp_path.iterdir())
     assert next(tmp_path.iterdir()).read_bytes() == content
 
@@ -47,5 +47,5 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="space"):
-        _workflows(tmp_path)._kept(b"picture", "png")
+        _workflows(tmp_path)._drawing._kept(b"picture", "png")
     assert not list(tmp_path.iterdir())

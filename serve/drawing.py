@@ -1,0 +1,249 @@
+"""One request, drawn: from what it wants to its pictures, each scored and encoded with its recipe inside. Knows no HTTP and no queue.
+
+What one deployment answers is handed on to the next unawaited, so that it travels from replica to replica; only pictures and scores
+come here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+from deployments import images
+from deployments.catalog import Catalog, Entry
+from deployments.contracts import (
+    RGB,
+    Drawn,
+    GenerationSpec,
+    Guides,
+    Identities,
+    IdentityRequest,
+    Need,
+    PersonPictures,
+    PictureProgress,
+    Progress,
+)
+from deployments.errors import UnsupportedCombination
+from serve.answers import GenerateResponse, ImageItem, LicenceInfo
+from serve.normalise import Wanted, recipe
+from serve.persons import entry_of
+from serve.presets import Preset
+from serve.reports import drawn_with, left_out, scores_of, warnings_of
+from serve.schemas import GenerateRequest
+from serve.settings import AppSettings
+
+Handle = Any
+"""A DeploymentHandle. Its types say neither what a method answers nor that a stream can be read."""
+
+Told = Callable[[PictureProgress], object]
+
+
+class _Seconds:
+    """Seconds by stage, added up over the pictures of a request."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    def add(self, more: Mapping[str, float]) -> None:
+        for stage, value in more.items():
+            self.spent[stage] = self.spent.get(stage, 0.0) + value
+
+
+@dataclass(frozen=True, eq=False)
+class _Party:
+    """The people of a request: what the face server (None without people) and the identity server will answer."""
+
+    people: Any
+    identities: Any
+
+
+@dataclass(frozen=True)
+class _Reporting:
+    """Of one picture's steps, to whoever wants to be told."""
+
+    told: Told | None
+    picture: int
+    pictures: int
+    previews: int
+
+    def __call__(self, event: Progress) -> None:
+        if self.told is not None:
+            preview = images.encode(event.preview, "jpeg") if event.preview is not None else None
+            self.told(PictureProgress(self.picture, self.pictures, event.step, event.total, preview))
+
+
+class Drawing:
+    """The servers that take part in a picture, by their handles."""
+
+    def __init__(
+        self,
+        settings: AppSettings,
+        catalog: Catalog,
+        presets: Mapping[str, Preset],
+        faces: Handle,
+        prompts: Handle,
+        identity: Handle,
+        controls: Handle,
+        denoiser: Handle,
+    ) -> None:
+        self._settings, self._catalog, self._presets = settings, catalog, presets
+        self._faces, self._prompts, self._identity, self._controls = faces, prompts, identity, controls
+        self._denoiser = denoiser.options(stream=True)
+
+    async def draw(self, request: GenerateRequest, wanted: Wanted, told: Told | None = None, previews: int = 0) -> GenerateResponse:
+        """The pictures of a request. told: called after every step. previews: how many of a picture's steps bring a small picture along."""
+        started = time.perf_counter()
+        specs, first = wanted.specs, wanted.specs[0]
+        # The pictures of a request differ in nothing but the seed, and every reference is hashed for it: made once.
+        made = await asyncio.to_thread(recipe, wanted, drawn_with(self._settings))
+        if request.output_format == "jpeg":  # which may have no room for the recipe: known now, not after the drawing
+            images.parameters_text({**made, "seed": specs[-1].seed}, request.output_format)
+        party = self._party(first.identities, tuple(wanted.people), request.scores)
+        guides = self._guides(wanted)
+        texts = (first.prompt, first.negative_prompt) if first.needs_negative else (first.prompt,)
+        unread = self._prompts.unread.remote(texts, first.max_sequence_length)
+        prompts = self._prompts.encode.remote(texts, first.max_sequence_length)
+        seconds = _Seconds()
+        finishing: list[asyncio.Task[ImageItem]] = []
+        try:
+            for place, spec in enumerate(specs):
+                reporting = _Reporting(told, place, len(specs), previews)
+                drawn = await self._drawn(spec, party.identities, prompts, guides, reporting)
+                # What went before the drawing is shared by all pictures of a request.
+                seconds.add(drawn.seconds if spec is first else {stage: drawn.seconds[stage] for stage in ("denoise", "decode")})
+                finishing.append(asyncio.create_task(self._finished(drawn.picture, {**made, "seed": spec.seed}, party, request, seconds)))
+            items = await asyncio.gather(*finishing)
+        except BaseException:
+            for task in finishing:
+                task.cancel()
+            raise
+        seconds.add({"total": time.perf_counter() - started})
+        warnings = [*warnings_of(request, self._presets, first, await unread, self._settings), *left_out(drawn)]
+        return self._answer(wanted, made, request, items, seconds.spent, warnings)
+
+    def _guides(self, wanted: Wanted) -> Any:
+        """What the control server will answer; nothing is asked of it where there is nothing to prepare."""
+        if not wanted.sources and wanted.begin is None:
+            return Guides()
+        first = wanted.specs[0]
+        return self._controls.prepare.remote(wanted.sources, wanted.begin, first.width, first.height)
+
+    def _party(self, identities: Sequence[IdentityRequest], persons: tuple[PersonPictures, ...], scores: bool) -> _Party:
+        if not persons:
+            return _Party(None, Identities())
+        pairs = zip(identities, persons, strict=True)
+        need = {part for identity, person in pairs for part in self._needs(identity, person)} | ({"judge"} if scores else set())
+        people = self._faces.people.remote(persons, tuple(sorted(need)))
+        return _Party(people, self._identity.encode.remote(people, tuple(identities)))
+
+    def refuse_what_is_not_deployed(self, wanted: Wanted) -> None:
+        """Raises UnsupportedCombination for a method that fits but is not there: before anything is asked of a model."""
+        for identity in wanted.specs[0].identities:
+            self._entry(identity)
+
+    def _needs(self, identity: IdentityRequest, person: PersonPictures) -> tuple[Need, ...]:
+        # Several pictures are compared with one another: a stranger among them is left out.
+        compared = ("embedding",) if len(person.pictures) > 1 else ()
+        return cast(tuple[Need, ...], (*cast(Sequence[str], self._entry(identity).options.get("need", ())), *compared))
+
+    def _entry(self, identity: IdentityRequest) -> Entry:
+        entry = entry_of(self._catalog, identity.method, self._settings.base, identity.version)
+        if entry.id not in self._settings.methods:
+            there = ", ".join(self._settings.methods) or "none"
+            raise UnsupportedCombination(f"{entry.id} is not deployed on this server.", f"Deployed are: {there}.", {"param": "method"})
+        return entry
+
+    async def _drawn(self, spec: GenerationSpec, identities: Any, prompts: Any, guides: Any, reporting: _Reporting) -> Drawn:
+        """Reads the denoiser's stream to its end. Whoever leaves earlier stops the drawing."""
+        stream = self._denoiser.generate.remote(spec, identities, prompts, guides, *([reporting.previews] if reporting.previews else []))
+        drawn: Drawn | None = None
+        try:
+            async for event in stream:
+                if isinstance(event, Progress):
+                    reporting(event)
+                else:
+                    drawn = event
+        finally:
+            if drawn is None:
+                stream.cancel()
+        if drawn is None:
+            raise RuntimeError("The denoiser ended without a picture.")
+        return drawn
+
+    async def _finished(
+        self,
+        picture: RGB,
+        made: Mapping[str, Any],
+        party: _Party,
+        request: GenerateRequest,
+        seconds: _Seconds,
+    ) -> ImageItem:
+        """Scored and encoded with its recipe inside, while the next picture is being drawn."""
+        started = time.perf_counter()
+        likenesses = await self._faces.scores.remote(picture, party.people) if party.people is not None and request.scores else ()
+        scored = time.perf_counter()
+        content = await asyncio.to_thread(images.encode, picture, request.output_format, made)
+        seconds.add({"scores": scored - started, "encode": time.perf_counter() - scored})
+        where = await asyncio.to_thread(self._kept, content, request.output_format) if request.response_format == "file" else None
+        return ImageItem(
+            b64_json=None if where else base64.b64encode(content).decode(),
+            path=where,
+            seed=made["seed"],
+            width=made["width"],
+            height=made["height"],
+            format=request.output_format,
+            scores=[score for person, likeness in enumerate(likenesses) for score in scores_of(person, likeness)],
+        )
+
+    def _kept(self, content: bytes, suffix: str) -> str:
+        """Named by its content: the same picture is the same file."""
+        folder = Path(cast(str, self._settings.output_folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{sha256(content).hexdigest()[:32]}.{suffix}"
+        beside = folder / f"{path.name}.{uuid4().hex}.part"  # of this request alone: another may be writing the same picture
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        return str(path)
+
+    def _answer(
+        self,
+        wanted: Wanted,
+        made: dict[str, Any],
+        request: GenerateRequest,
+        items: list[ImageItem],
+        seconds: Mapping[str, float],
+        warnings: list[str],
+    ) -> GenerateResponse:
+        entries = self._used(wanted, request.scores and bool(wanted.specs[0].identities))
+        return GenerateResponse(
+            created=int(time.time()),
+            model=wanted.specs[0].base,
+            data=items,
+            timings={stage: round(value, 4) for stage, value in seconds.items()},
+            models=[entry.id for entry in entries],
+            licences=[LicenceInfo.of(entry) for entry in entries],
+            request=made,
+            warnings=warnings,
+        )
+
+    def _used(self, wanted: Wanted, scored: bool) -> list[Entry]:
+        """Every model that had a part in the pixels or in their scores."""
+        models, spec = self._settings.faces.models, wanted.specs[0]
+        keypoints = self._settings.controls.models.keypoints
+        found = any(source.mode == "pose" and source.picture is not None and not source.prepared for source in wanted.sources)
+        methods = [entry_of(self._catalog, identity.method, spec.base, identity.version).id for identity in spec.identities]
+        faces = [models.faces, models.parser] if methods else []
+        controls = [control.model for control in spec.controls if control.scale]
+        poses = [keypoints] if found and keypoints else []
+        names = dict.fromkeys([spec.base, *methods, *controls, *poses, *faces, *([models.judge] if scored else [])])
+        return [self._catalog.entry(name) for name in names]
