@@ -20,7 +20,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull
+from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull, ReplicaLost
 from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
 from serve.attachments import PICTURE_FIELDS
 from serve.loras import LoraCalls, add_lora_routes, everybody
@@ -42,6 +42,8 @@ _STRUCTURED = frozenset({"identity", "identities", "reference_images", "loras", 
 _MOST_LEVELS, _MOST_VALUES = 16, 10_000
 # No number of bytes that a body may have is longer.
 _LENGTH_DIGITS = 18
+# What Ray raises, by name, where the process that worked on a request is gone or going.
+_DEATHS = frozenset({"RayActorError", "WorkerCrashedError", "NodeDiedError", "DeploymentUnavailableError", "OutOfMemoryError"})
 # Headers by which a caller could change what Ray Serve does with the request behind our back.
 _REFUSED_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 
@@ -277,6 +279,8 @@ def told(error: BaseException) -> LikenessError:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "BackPressureError" in kinds:
         return QueueFull("As many requests wait as may wait.")
+    if kinds & _DEATHS:
+        return ReplicaLost(f"A process that worked on the request died ({type(error).__name__}).")
     if isinstance(error, asyncio.CancelledError | ClientDisconnect) or "RequestCancelledError" in kinds:
         return Cancelled("The request was cancelled.")
     _LOG.error("an unexpected error", exc_info=error)

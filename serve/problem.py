@@ -21,7 +21,7 @@ _KIND = re.compile(r"(int|str|float|bool)$|(constrained|literal|function|list|ta
 
 
 class Problem(BaseModel):
-    """What is wrong, in RFC 9457's fields and four of ours. `code` is stable: programs read it, people read `detail` and `remedy`."""
+    """What is wrong, in RFC 9457's fields and some of ours. `code` is stable: programs read it, people read `detail` and `remedy`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -47,6 +47,8 @@ class Problem(BaseModel):
     code: str = Field(default="internal_error", description="Stable name of the kind.")
     param: str | None = Field(default=None, description="The field of the request that is at fault, where one is.")
     remedy: str = Field(default="", description="What to do about it.")
+    retryable: bool = Field(default=False, description="Whether the same request, sent again unchanged, may succeed by itself.")
+    request_id: str | None = Field(default=None, description="What the server's log calls this request.")
     details: dict[str, Any] = Field(
         default_factory=dict, description="Facts for a program: boxes of the faces found, keys that are missing."
     )
@@ -64,6 +66,7 @@ def problem_of(error: LikenessError) -> Problem:
         code=error.code,
         param=str(param) if param is not None else None,
         remedy=error.remedy,
+        retryable=error.retryable,
         details=details,
     )
 
