@@ -35,7 +35,8 @@ def people_of(request: GenerateRequest, preset: Preset | None) -> Iterator[tuple
         where = "reference_images" if request.reference_images else "reference_image"
         yield where, _with_method(PersonInput.model_validate({"images": images, **flat}), default, where)
     elif default is not None:
-        raise InvalidRequest("A picture of the person is needed.", "Give `reference_image`.", {"param": "reference_image"})
+        remedy = "Give `reference_image`, or the `character_id` of somebody who is kept."
+        raise InvalidRequest("A picture of the person is needed.", remedy, {"param": "reference_image"})
     elif flat:
         raise InvalidRequest(f"`{min(flat)}` needs a person.", "Give `reference_image` and a `workflow`.", {"param": min(flat)})
 

@@ -28,7 +28,7 @@ from serve.schemas import GenerateRequest, Strict, Window
 WORKFLOWS_PATH = Path(__file__).resolve().parents[1] / "configs" / "workflows"
 BASE_DECIDES = frozenset({"width", "height", "num_inference_steps", "guidance_scale", "max_sequence_length"})
 """Fields whose good values are the base model's: its `defaults` in the catalogue stand before a preset's own."""
-_PICTURES = ("reference_image", "reference_images")
+_PICTURES = ("reference_image", "reference_images", "character_id")
 # Fields that stand for several people or several workflows: a named workflow is about one person.
 _NEVER_SHOWN = frozenset({"workflow", "identity", "identities"})
 _ALWAYS_SHOWN = tuple(
@@ -59,6 +59,7 @@ class Preset(BaseModel):
     family: of base models. method: of identity, None for a workflow without people. fields: which fields of identity it shows.
     defaults, bases, styles: values of request fields, see the module's order. help: what a field means here, for `--help` and OpenAPI.
     pose: what it does about poses. expects: fields without which it is not what it is made for: their absence is a warning of the answer.
+    character_lora: whether a `character_id` also brings that character's newest LoRA, and its trigger word into the prompt.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,6 +76,7 @@ class Preset(BaseModel):
     help: Mapping[str, str] = {}
     pose: PoseAdvice | None = None
     expects: Mapping[str, str] = {}
+    character_lora: bool = False
 
     @model_validator(mode="after")
     def _speaks_of_fields(self) -> Self:

@@ -117,6 +117,11 @@ class Window(Strict):
         return self
 
 
+CharacterId = Annotated[
+    str, Field(min_length=1, max_length=100, description="A character of yours (`GET /v1/characters`), in place of pictures of them.")
+]
+
+
 class LoraInput(Strict):
     """A LoRA that was added before (`POST /v1/loras`)."""
 
@@ -178,8 +183,9 @@ class PersonInput(Window):
         description="A method of identity, as `GET /v1/workflows` lists them; the workflow's own where it has one.",
     )
     images: list[Picture] = Field(
-        min_length=1, max_length=MAX_REFERENCES, description="Pictures of this one person; see `blend` for more than one."
+        default_factory=list, max_length=MAX_REFERENCES, description="Pictures of this one person; see `blend` for more than one."
     )
+    character_id: CharacterId | None = None
     region: Region | Box | None = Field(
         default=None,
         description="Where in the picture this person is: a name, or the corners [x0, y0, x1, y1] of a box, 0 to 1 from the top left.",
@@ -187,6 +193,12 @@ class PersonInput(Window):
     mask: Picture | None = Field(
         default=None, description="Where in the picture this person is, as a picture of its shape: white is here, black is not."
     )
+
+    @model_validator(mode="after")
+    def _somebody(self) -> PersonInput:
+        if bool(self.images) == (self.character_id is not None):
+            raise ValueError("give either `images` of the person or the `character_id` of one that is kept")
+        return self
 
     @model_validator(mode="after")
     def _one_place(self) -> PersonInput:
@@ -246,6 +258,7 @@ class GenerateRequest(Window):
         max_length=MAX_REFERENCES,
         description="Several pictures of the same person; `blend` says how they become one.",
     )
+    character_id: CharacterId | None = None
     identity: PersonInput | None = Field(default=None, description="One person with all that belongs to them: `identities` with one item.")
     identities: list[PersonInput] | None = Field(
         default=None, min_length=1, max_length=MAX_PEOPLE, description="Several people, or several methods for one person."
@@ -292,13 +305,16 @@ class GenerateRequest(Window):
         default="b64_json", description="Whether pictures come in the answer, or as files of the server."
     )
     scores: bool = Field(default=True, description="Whether each picture's likeness to each reference is measured.")
+    enable_safety_checker: bool | None = Field(
+        default=None, description="Whether the content gate looks at pictures, where the server has one; by default it does for people."
+    )
 
     @model_validator(mode="after")
     def _said_once(self) -> GenerateRequest:
         _refuse_several(self, "size", "aspect_ratio", "width")
         if (self.width is None) != (self.height is None):
             raise ValueError("`width` and `height` belong together; give both, or `size`, or `aspect_ratio`")
-        _refuse_several(self, "reference_image", "reference_images", "identity", "identities")
+        _refuse_several(self, "reference_image", "reference_images", "character_id", "identity", "identities")
         return self
 
     @model_validator(mode="after")

@@ -217,7 +217,9 @@ def test_what_is_wrong_is_refused_with_its_field(catalog: Catalog, change: dict[
         ({"identities": [PERSON], "weight": 0.5}, "belongs inside `identities`"),
         ({"identities": [PERSON], "reference_image": uri()}, "say the same thing"),
         ({"identities": []}, "identities"),
-        ({"identity": {"method": "pulid", "images": []}}, r"identity.images"),
+        ({"identity": {"method": "pulid", "images": []}}, "either `images` of the person or"),
+        ({"identity": {**PERSON, "character_id": "character_1"}}, "either `images` of the person or"),
+        ({"reference_image": uri(), "character_id": "character_1", "workflow": "flux-pulid"}, "say the same thing"),
         ({"identity": {**PERSON, "weight_type": "linear"}}, "pulid has none"),
         ({"identity": {"method": "xlabs-ip-adapter-v2", "images": [uri()], "weight_type": "steep"}}, "does not know"),
         ({"identity": {"method": "xlabs-ip-adapter-v2", "images": [uri()], "weight": 1.5}}, "takes 0 to 1"),
@@ -350,8 +352,8 @@ def test_a_problem_is_its_error_again() -> None:
 
 
 def test_a_problem_of_a_newer_server_is_still_an_error() -> None:
-    copy = error_of(problem_of(MultipleFaces("Two.")).model_copy(update={"code": "moderated_input", "status": 451}))
-    assert type(copy) is LikenessError and copy.details == {"code": "moderated_input", "status": 451}
+    copy = error_of(problem_of(MultipleFaces("Two.")).model_copy(update={"code": "of_tomorrow", "status": 451}))
+    assert type(copy) is LikenessError and copy.details == {"code": "of_tomorrow", "status": 451}
 
 
 def test_requests_can_be_understood_without_any_model_library() -> None:
