@@ -23,7 +23,7 @@ from deployments.weights import RelativePath, WeightFile, WeightFolder, locate, 
 CATALOG_PATH = Path(__file__).resolve().parents[1] / "configs" / "catalog.yaml"
 POLICY_VARIABLE = "LICENSE_POLICY"
 
-Role = Literal["base", "identity", "control", "lora", "faces", "parser", "judge", "keypoints", "attributes"]
+Role = Literal["base", "identity", "control", "lora", "faces", "parser", "judge", "keypoints", "attributes", "gate"]
 Policy = Literal["any", "commercial"]
 Part = Literal["prompts", "denoiser", "encoder", "adapter", "control"]
 ImportString = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]

@@ -7,8 +7,10 @@ thread has left the model, never before.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from deployments import metrics
 from deployments.catalog import load_catalog
 from deployments.contracts import Drawn, GenerationSpec, Guides, Identities, Progress, Prompts
 from deployments.hardware import MemoryMode, TorchSettings, claim
@@ -24,6 +27,8 @@ from deployments.store.settings import StoreSettings
 
 if TYPE_CHECKING:
     from deployments.store.loras import LoraStore
+
+_LOG = logging.getLogger("likeness.denoiser")
 
 
 class DenoiserSettings(TorchSettings):
@@ -58,28 +63,46 @@ class DenoiserServer:
             memory=settings.memory, cache_threshold=settings.cache_threshold, device=settings.device, dtype=dtype,
         )  # fmt: skip
         self._thread = ThreadPoolExecutor(1, "denoise")
+        self._lora_cache, self._applied = metrics.lora_cache(), frozenset[tuple[str, float]]()
 
     async def generate(
-        self, spec: GenerationSpec, identities: Identities, prompts: Prompts, guides: Guides
+        self, spec: GenerationSpec, identities: Identities, prompts: Prompts, guides: Guides, previews: int = 0
     ) -> AsyncIterator[Progress | Drawn]:
-        """Progress after every step, then the picture. Cancelled, or left by its reader, it stops before the next forward."""
+        """Progress after every step, then the picture. Cancelled, or left by its reader, it stops before the next forward.
+
+        previews: so many steps, at most, bring a small picture of what is coming.
+        """
         loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[Progress | None](), Event()
 
         def report(event: Progress | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         given = spec, prompts.embeds, identities.tokens, guides
-        draw = partial(self._denoiser.draw, *given, on_step=report, cancelled=cancelled.is_set)
-        drawing = loop.run_in_executor(self._thread, draw)
+        draw = partial(self._denoiser.draw, *given, on_step=report, cancelled=cancelled.is_set, previews=previews)
+        # In a copy of this task's context: what is logged while drawing carries the request's id.
+        drawing = loop.run_in_executor(self._thread, copy_context().run, draw)
         drawing.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
                 yield event
             drawn: Drawn = await drawing
+            spent = {stage: round(value, 4) for stage, value in drawn.seconds.items()}
+            _LOG.info("a picture was drawn", extra={"steps": spec.steps, "seconds": spent})
             yield replace(drawn, seconds={**prompts.seconds, **identities.seconds, **guides.seconds, **drawn.seconds})
         finally:
+            if not drawing.done():
+                _LOG.info("a drawing is not wanted any more")
             cancelled.set()
             await _over(drawing)
+            self._count(spec)
+
+    def _count(self, spec: GenerationSpec) -> None:
+        loras = frozenset((lora.sha256, lora.scale) for lora in spec.loras if lora.scale)
+        if loras != self._applied:
+            metrics.swapped(spec.base)
+        self._applied = loras
+        counts = self._denoiser.lora_counts
+        self._lora_cache.tell({"hit": counts.hits, "miss": counts.misses, "evicted": counts.evictions})
 
     def ready(self) -> bool:
         return True

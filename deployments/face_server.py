@@ -14,9 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.catalog import license_policy, load_catalog, refuse_licence
 from deployments.contracts import RGB, Need, People, PersonPictures, PictureFaces
-from deployments.images import DEFAULT_LIMITS, Limits
+from deployments.errors import InvalidImage, MissingWeights
+from deployments.images import DEFAULT_LIMITS, Limits, decode
+from deployments.store.character_values import PictureFacts
 
 if TYPE_CHECKING:
+    from deployments.curation import Curated
     from deployments.faces.comparison import Likeness
 
 
@@ -42,6 +45,7 @@ class FaceServer:
         for entry in entries:
             refuse_licence(entry, license_policy())
         faces, judge, parser = entries
+        self._settings, self._limits = settings, limits
         options: dict[str, Any] = dict(faces.options)
         self._analyser = FaceAnalyser(
             faces.located("models"),
@@ -67,6 +71,32 @@ class FaceServer:
     def scores(self, picture: RGB, people: People) -> tuple[Likeness, ...]:
         """Each person's likeness in a drawn picture."""
         return self._analyser.scores([picture], people.persons)[0]
+
+    def curate(self, pictures: Sequence[bytes], known: Sequence[PictureFacts] = (), best: int | None = None) -> Curated:
+        """What new pictures of a character show, and what is to be known of all of its pictures, those that are known first.
+
+        best: the place among all of them of the one that was chosen by hand. Raises InvalidImage, which names the new picture.
+        """
+        from deployments.curation import Curated, judged
+
+        facts = tuple(self._measured(data, number) for number, data in enumerate(pictures))
+        together = (*known, *facts)
+        return Curated(facts, judged(together, self._analyser.smallest_px, best, self._settings.faces, self._settings.judge))
+
+    def _measured(self, data: bytes, number: int) -> PictureFacts:
+        """One at a time: fifty photographs, unpacked, would not fit into memory."""
+        from deployments.curation import measured
+
+        try:
+            picture = decode(data, self._limits)
+        except InvalidImage as error:
+            raise InvalidImage(f"Picture {number}: {error.message}", error.remedy, {"picture": number}) from error
+        need: tuple[Need, ...] = ("embedding", "judge", "aligned")
+        try:
+            (found,) = self._analyser.analyse_pixels([picture], (*need, "attributes"))
+        except MissingWeights:  # face models without one for age and sex, which are then not known
+            (found,) = self._analyser.analyse_pixels([picture], need)
+        return measured(data, picture, found)
 
     def ready(self) -> bool:
         return True

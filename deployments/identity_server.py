@@ -11,6 +11,7 @@ from deployments.catalog import load_catalog
 from deployments.contracts import Identities, IdentityRequest, IdentityTokens, People, Person
 from deployments.errors import InvalidRequest, UnsupportedCombination
 from deployments.hardware import TorchSettings, claim
+from deployments.identity.token_cache import KEPT_S
 
 if TYPE_CHECKING:
     from deployments.identity.base import IdentityEncoder
@@ -41,6 +42,15 @@ class IdentityServer:
         with self._turn:
             tokens = tuple(self._encoded(number, people.persons, request) for number, request in enumerate(requests))
         return Identities(tokens, {**people.seconds, "identity": time.perf_counter() - started})
+
+    def forget(self, older_than: float = 0.0) -> None:
+        """Drops what this replica remembers of faces since more than so many seconds; everything, by default."""
+        for encoder in self._encoders.values():
+            encoder.forget(older_than)
+
+    def check_health(self) -> None:
+        """Serve asks every ten seconds, each replica for itself: an idle one forgets too."""
+        self.forget(KEPT_S)
 
     def ready(self) -> bool:
         return True

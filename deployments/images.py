@@ -1,8 +1,9 @@
 """Bytes <-> pixels: the only place that opens pictures.
 
 What comes in is hostile until it is decoded: kind, size and number of frames are read from the header and checked before a pixel is
-unpacked. What goes out can be made again: it carries the parameters it was drawn from, and neither time nor id, so that equal
-pictures of equal parameters are equal files. Knows no face, no model and no network: a picture by URL is refused.
+unpacked. What goes out can be made again and says what it is: it carries the parameters it was drawn from and the mark of a drawn picture
+(deployments/provenance.py), and neither time nor id, so that equal pictures of equal parameters are equal files. Knows no face, no model
+and no network: a picture by URL is refused.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from deployments.contracts import RGB
 from deployments.errors import InvalidImage, InvalidRequest
+from deployments.provenance import SOFTWARE, XMP_KEYWORD, Source, source_of, xmp
 
 Format = Literal["png", "jpeg", "webp"]
 Paper = Literal["white", "black"]
@@ -36,7 +38,7 @@ _MEDIA_TYPES = frozenset({"image/png", "image/jpeg", "image/jpg", "image/webp"})
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # EXIF 2.32, tables 3 and 8: the turn, the pointer to the camera's own fields, and the comment among them with the mark of its encoding.
-_ORIENTATION, _EXIF_FIELDS, _USER_COMMENT, _ASCII = 0x0112, 0x8769, 0x9286, b"ASCII\0\0\0"
+_ORIENTATION, _SOFTWARE, _EXIF_FIELDS, _USER_COMMENT, _ASCII = 0x0112, 0x0131, 0x8769, 0x9286, b"ASCII\0\0\0"
 # An APP1 segment of a JPEG holds 65,533 bytes; some are TIFF structure.
 _JPEG_COMMENT_BYTES = 65_000
 _TURNS = {
@@ -48,6 +50,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow reads a file part by part, or byte by byte where there are none, in Python: 32 MiB of nothing but tiny parts took it up to 26 s and
+# 560 MB. libpng's parts of 8 KiB, four reads each, come to 16,000 in the largest file that is allowed.
+_MOST_READS = 100_000
+# A scan of a progressive JPEG goes over the whole picture for a few bytes: 30 ms each at 50 megapixels. Encoders write about ten.
+_MOST_SCANS, _MOST_MARKERS = 50, 1000
+_SCAN, _END_OF_PICTURE = 0xDA, 0xD9
+# What opens a segment with a length: not stuffing, filling, TEM or RST (ITU T.81, table B.1).
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _QUALITY: Mapping[Format, int] = {"jpeg": 95, "webp": 90}
 # zlib's level for PNG: less than half of level 6's time for a hundredth more bytes (pictures of 1024 x 1024, measured).
 _PNG_EFFORT = 4
@@ -116,24 +126,32 @@ def from_text(text: str, limits: Limits = DEFAULT_LIMITS) -> bytes:
         ) from error
 
 
-def encode(rgb: RGB, format: Format = "png", parameters: Mapping[str, object] | None = None, quality: int | None = None) -> bytes:
+def encode(
+    rgb: RGB,
+    format: Format = "png",
+    parameters: Mapping[str, object] | None = None,
+    quality: int | None = None,
+    source: Source | None = "trainedAlgorithmicMedia",
+) -> bytes:
     """uint8 RGB [H, W, 3] -> a file. Equal input gives equal bytes.
 
     parameters: JSON values that `parameters_of` gives back; in a PNG the text chunk `parameters`, else EXIF's UserComment.
-    quality: 1 to 100 for JPEG (95 where None) and WebP (90); a PNG loses nothing. Raises InvalidRequest for parameters that
-    do not fit into a JPEG, ValueError for an array of another kind.
+    quality: 1 to 100 for JPEG (95 where None) and WebP (90); a PNG loses nothing. source: what the file says it is, in XMP and as the
+    text Software; None says nothing, for pictures that no model drew. Raises InvalidRequest for parameters that do not fit into a
+    JPEG, ValueError for an array of another kind.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise ValueError(f"A picture is uint8 [H, W, 3], not {rgb.dtype} {list(rgb.shape)}; convert it first.")
     text = None if parameters is None else parameters_text(parameters, format)
     image, stream = Image.fromarray(np.ascontiguousarray(rgb)), BytesIO()
     if format == "png":
-        image.save(stream, "PNG", pnginfo=_chunks(text), compress_level=_PNG_EFFORT)
+        image.save(stream, "PNG", pnginfo=_chunks(text, source), compress_level=_PNG_EFFORT)
         return stream.getvalue()
     chosen = _QUALITY[format] if quality is None else quality
-    # 4:4:4: halved colour would blur lips and eyes, which are what the pictures are about.
-    options: dict[str, int] = {"subsampling": 0} if format == "jpeg" else {}
-    image.save(stream, format.upper(), quality=chosen, exif=_exif(text), **options)
+    options: dict[str, Any] = {} if source is None else {"xmp": xmp(source).encode()}
+    if format == "jpeg":  # 4:4:4: halved colour would blur lips and eyes, which are what the pictures are about.
+        options["subsampling"] = 0
+    image.save(stream, format.upper(), quality=chosen, exif=_exif(text, source), **options)
     return stream.getvalue()
 
 
@@ -162,6 +180,16 @@ def parameters_of(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, obj
     return parameters if isinstance(parameters, dict) else None
 
 
+def drawn_by(data: bytes, limits: Limits = DEFAULT_LIMITS) -> str | None:
+    """What a file says of how it came about: IPTC's term for its digital source (deployments/provenance.py), or None.
+
+    Raises InvalidImage as `parameters_of` does.
+    """
+    with _opened(data, limits) as image:
+        packet = image.info.get("xmp") or image.info.get(XMP_KEYWORD) or b""
+    return source_of(packet.encode() if isinstance(packet, str) else packet)
+
+
 @contextmanager
 def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     """The picture with its header read and checked, its pixels still packed."""
@@ -170,7 +198,7 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     if len(data) > limits.bytes:
         raise InvalidImage(f"The picture has {len(data)} bytes; {limits.bytes} are allowed.")
     try:
-        image = Image.open(BytesIO(data), formats=_READ_AS)
+        image = Image.open(_Patience(data), formats=_READ_AS)
     except UnidentifiedImageError as error:
         raise InvalidImage("The bytes are not a PNG, JPEG or WebP picture.") from error
     except _BOMBS as error:
@@ -179,7 +207,23 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
         raise InvalidImage(f"The picture's header is damaged: {error}.", "Save it anew and send it again.") from error
     with image:
         _refuse(image, limits)
+        if image.format in ("JPEG", "MPO"):
+            _refuse_scans(data)
         yield image
+
+
+class _Patience(BytesIO):
+    """A file that lets itself be read so many times and no more, whatever it is that reads so often."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = _MOST_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise InvalidImage("The picture's file is made of more parts than any picture has.", "Save it anew and send it again.")
+        return super().read(size)
 
 
 def _refuse(image: Image.Image, limits: Limits) -> None:
@@ -190,6 +234,21 @@ def _refuse(image: Image.Image, limits: Limits) -> None:
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames != 1:
         raise InvalidImage(f"The picture is an animation of {frames} frames.", "Send a single frame.")
+
+
+def _refuse_scans(data: bytes) -> None:
+    """The walk over the segments of a JPEG that libjpeg will make, up to the first picture's end."""
+    place, scans = 2, 0
+    for _ in range(_MOST_MARKERS):
+        found = _MARKER.search(data, place)
+        kind = None if found is None else data[found.end() - 1]
+        if found is None or kind == _END_OF_PICTURE:
+            return
+        scans += kind == _SCAN
+        if scans > _MOST_SCANS:
+            break
+        place = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+    raise InvalidImage(f"The JPEG draws itself in more than {_MOST_SCANS} passes.", "Save it anew, not as progressive, and send it again.")
 
 
 def _flat(image: Image.Image, paper: Paper) -> Image.Image:
@@ -247,17 +306,23 @@ def _payload(text: str) -> str:
     return text
 
 
-def _chunks(text: str | None) -> PngImagePlugin.PngInfo:
-    """ASCII (json.dumps escapes the rest), hence a plain tEXt chunk, which every reader knows."""
+def _chunks(text: str | None, source: Source | None) -> PngImagePlugin.PngInfo:
+    """ASCII (json.dumps escapes the rest), hence plain tEXt chunks, which every reader knows."""
     chunks = PngImagePlugin.PngInfo()
+    if source is not None:
+        chunks.add_text("Software", SOFTWARE)
+        chunks.add_itxt(XMP_KEYWORD, xmp(source))
     if text is not None:
         chunks.add_text(PARAMETERS_KEY, text)
     return chunks
 
 
-def _exif(text: str | None) -> bytes:
-    if text is None:
+def _exif(text: str | None, source: Source | None) -> bytes:
+    if text is None and source is None:
         return b""
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_FIELDS)[_USER_COMMENT] = _ASCII + text.encode("ascii")
+    if source is not None:
+        exif[_SOFTWARE] = SOFTWARE
+    if text is not None:
+        exif.get_ifd(_EXIF_FIELDS)[_USER_COMMENT] = _ASCII + text.encode("ascii")
     return exif.tobytes()

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deployments import metrics
 from deployments.catalog import load_catalog
 from deployments.contracts import Prompts
 from deployments.hardware import TorchSettings, claim
@@ -35,10 +36,13 @@ class PromptServer:
         )
         shared = SharedFolder(Path(settings.cache_folder)) if settings.cache_folder else None
         self._cache = PromptCache(self._encoder, memory_bytes=settings.cache_bytes, folder=shared)
+        self._counted = metrics.prompt_cache()
 
     def encode(self, texts: Sequence[str], max_length: int) -> Prompts:
         started = time.perf_counter()
         embeds = self._cache.encode(texts, max_length)
+        stats = self._cache.stats()
+        self._counted.tell({"memory": stats.hits, "folder": stats.shared_hits, "encoder": stats.encodes})
         return Prompts(embeds, {"prompts": time.perf_counter() - started})
 
     def unread(self, texts: Sequence[str], max_length: int) -> tuple[str, ...]:

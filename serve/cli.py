@@ -19,6 +19,9 @@ import yaml
 from typer.core import TyperGroup
 
 from deployments.errors import InvalidRequest, LikenessError
+from serve.cli_characters import characters
+from serve.cli_jobs import jobs
+from serve.cli_keys import keys
 from serve.cli_loras import loras
 from serve.cli_models import models
 from serve.cli_options import command
@@ -53,6 +56,9 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.add_typer(loras, name="loras")
+app.add_typer(characters, name="characters")
+app.add_typer(jobs, name="jobs")
+app.add_typer(keys, name="keys")
 
 Server = Annotated[
     str | None, typer.Option("--server", envvar="LIKENESS_SERVER", help="Address of a server; without one everything runs in this process.")

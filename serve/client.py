@@ -10,6 +10,7 @@ with its message, remedy and details. Checks nothing itself that the server chec
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -21,16 +22,20 @@ from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, Mo
 from serve.attachments import with_pictures
 from serve.bridge import Bridge
 from serve.client_answers import read, unreachable
+from serve.client_characters import AsyncCharacters, Characters
+from serve.client_jobs import AsyncJob, AsyncJobs, Job, Jobs
 from serve.client_loras import AsyncLoras, Loras
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "LIKENESS_KEY"
 # A picture may take minutes on a slow machine; a server that is there answers the door at once.
 _TIMEOUT = httpx.Timeout(900.0, connect=10.0)
 _GENERATE, _ANALYZE, _COMPARE = "/v1/generate", "/v1/faces/analyze", "/v1/faces/compare"
 
 
 class Client:
-    """The synchronous client. transport: any of httpx's, an asynchronous one (httpx.ASGITransport) too."""
+    """The synchronous client. transport: any of httpx's, an asynchronous one (httpx.ASGITransport) too. key: an API key (`lk_...`); by default
+    that of $LIKENESS_KEY, where there is one."""
 
     def __init__(
         self,
@@ -39,14 +44,19 @@ class Client:
         transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
         timeout: httpx.Timeout | float = _TIMEOUT,
         headers: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> None:
         synchronous = transport if transport is None or isinstance(transport, httpx.BaseTransport) else Bridge(transport)
-        self._http = httpx.Client(base_url=base_url, transport=synchronous, timeout=timeout, headers=headers)
-        self.loras = Loras(self._http)
+        self._http = httpx.Client(base_url=base_url, transport=synchronous, timeout=timeout, headers=_with_key(headers, key))
+        self.loras, self.characters, self.jobs = Loras(self._http), Characters(self._http), Jobs(self._http)
 
     def generate(self, **fields: Any) -> GenerateResponse:
         """Pictures: the fields of `serve.schemas.GenerateRequest`, by any of their spellings."""
         return read(self._post(_GENERATE, fields), GenerateResponse)
+
+    def submit(self, **fields: Any) -> Job:
+        """The same as a job, which no crash loses; see `Jobs.submit`."""
+        return self.jobs.submit(**fields)
 
     def analyze(self, image: Any, **fields: Any) -> AnalyzeResponse:
         """The faces of a picture, in the order that `face_index` counts them."""
@@ -98,13 +108,17 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
         timeout: httpx.Timeout | float = _TIMEOUT,
         headers: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> None:
-        self._http = httpx.AsyncClient(base_url=base_url, transport=transport, timeout=timeout, headers=headers)
-        self.loras = AsyncLoras(self._http)
+        self._http = httpx.AsyncClient(base_url=base_url, transport=transport, timeout=timeout, headers=_with_key(headers, key))
+        self.loras, self.characters, self.jobs = AsyncLoras(self._http), AsyncCharacters(self._http), AsyncJobs(self._http)
 
     async def generate(self, **fields: Any) -> GenerateResponse:
         """As Client.generate. Cancelling the task closes the connection, which frees the GPU within a step."""
         return read(await self._post(_GENERATE, fields), GenerateResponse)
+
+    async def submit(self, **fields: Any) -> AsyncJob:
+        return await self.jobs.submit(**fields)
 
     async def analyze(self, image: Any, **fields: Any) -> AnalyzeResponse:
         return read(await self._post(_ANALYZE, {"image": image, **fields}), AnalyzeResponse)
@@ -141,3 +155,8 @@ class AsyncClient:
             return await self._http.request(method, path, json=body)
         except httpx.TransportError as error:
             raise unreachable(self._http.base_url, error) from error
+
+
+def _with_key(headers: Mapping[str, str] | None, key: str | None) -> dict[str, str]:
+    found = key if key is not None else os.environ.get(KEY_VARIABLE)
+    return {**({"authorization": f"Bearer {found}"} if found else {}), **(headers or {})}

@@ -7,7 +7,7 @@ from typing import TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from deployments.errors import LikenessError, ServerUnreachable
+from deployments.errors import LikenessError, QueueFull, ServerUnreachable
 from serve.problem import MEDIA_TYPE, Problem, error_of
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -36,6 +36,8 @@ def _error(response: httpx.Response) -> LikenessError:
         except ValidationError:
             pass  # Then it is told as any other answer that is not ours.
     text = " ".join(response.text.split())[:200]
+    if response.status_code == 429:  # of a proxy before the server, Ray Serve's own too
+        return QueueFull(f"{response.url} is busy: {text or response.reason_phrase}.")
     return ServerUnreachable(
         f"{response.url} answered {response.status_code}: {text or response.reason_phrase}", details={"status": response.status_code}
     )

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+from deployments import metrics
 from deployments.errors import DeploymentFailed
+from serve.door_settings import refuse_open_door
+from serve.ray_ports import guard_ray_ports
 from serve.settings import AppSettings
 
 _APP = "likeness"
@@ -21,14 +25,23 @@ _OURS = "deployments.errors."
 def serving(settings: AppSettings, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
     """The address of a running server, which answers when this is entered. Ray is joined where it runs (RAY_ADDRESS), else started.
 
-    Token authentication between Ray's own processes is off: everything listens on this machine alone.
-    Raises DeploymentFailed, which says what a deployment died of.
+    Ray's own ports ask for a token, and those of a Ray that is started here listen on this machine alone (serve/ray_ports.py).
+    Raises InvalidCatalog where everybody who reaches `host` would come in, DeploymentFailed, which says what a deployment died of.
     """
-    # Read when Ray is imported; Ray's default differs between local and other clusters, so it is always said.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    refuse_open_door(settings.door, host)
+    guard_ray_ports()
     # Ray's workers run at niceness 15 unless told otherwise: whatever else the machine does would come first.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with ExitStack() as until_stopped:
+        if metrics.FOLDER_VARIABLE not in os.environ:
+            folder = until_stopped.enter_context(TemporaryDirectory(prefix="likeness-metrics-", ignore_cleanup_errors=True))
+            os.environ[metrics.FOLDER_VARIABLE] = folder
+            until_stopped.callback(os.environ.pop, metrics.FOLDER_VARIABLE)
+        yield from _serving(settings, host, port)
+
+
+def _serving(settings: AppSettings, host: str, port: int) -> Iterator[str]:
     import ray
     import ray.serve
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from uuid import uuid4
 
-from deployments import images
+from deployments import images, metrics
 from deployments.catalog import Catalog, Entry
 from deployments.contracts import (
     RGB,
@@ -31,6 +32,7 @@ from deployments.contracts import (
     Progress,
 )
 from deployments.errors import UnsupportedCombination
+from deployments.provenance import signer_of
 from serve.answers import GenerateResponse, ImageItem, LicenceInfo
 from serve.normalise import Wanted, recipe
 from serve.persons import entry_of
@@ -42,7 +44,29 @@ from serve.settings import AppSettings
 Handle = Any
 """A DeploymentHandle. Its types say neither what a method answers nor that a stream can be read."""
 
+_LOG = logging.getLogger("likeness.drawing")
 Told = Callable[[PictureProgress], object]
+
+
+def _seen(wanted: Wanted) -> tuple[bytes, ...]:
+    """Every picture that came with a request, once; masks are shapes, and were opened already."""
+    people = [picture for person in wanted.people for picture in person.pictures]
+    sources = [source.picture for source in wanted.sources if source.picture is not None]
+    return tuple(dict.fromkeys([*people, *sources, *([wanted.begin] if wanted.begin is not None else [])]))
+
+
+def _name(request: GenerateRequest) -> str:
+    return request.workflow or "generate"
+
+
+class Asked(NamedTuple):
+    """A request, and what was decided of it. judged: whether the content gate looks at its pictures. notes: what was added to
+    it, in words."""
+
+    request: GenerateRequest
+    wanted: Wanted
+    judged: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class _Seconds:
@@ -91,15 +115,21 @@ class Drawing:
         prompts: Handle,
         identity: Handle,
         controls: Handle,
+        gate: Handle,
         denoiser: Handle,
     ) -> None:
         self._settings, self._catalog, self._presets = settings, catalog, presets
-        self._faces, self._prompts, self._identity, self._controls = faces, prompts, identity, controls
+        self._faces, self._prompts, self._identity, self._controls, self._gate = faces, prompts, identity, controls, gate
+        self._signer = signer_of(settings.provenance)
         self._denoiser = denoiser.options(stream=True)
 
-    async def draw(self, request: GenerateRequest, wanted: Wanted, told: Told | None = None, previews: int = 0) -> GenerateResponse:
-        """The pictures of a request. told: called after every step. previews: how many of a picture's steps bring a small picture along."""
+    async def draw(self, asked: Asked, told: Told | None = None, previews: int = 0) -> GenerateResponse:
+        """The pictures of a request. told: called after every step. previews: how many of a picture's steps bring a small picture along.
+        Raises ModeratedInput and ModeratedOutput, besides what the servers do."""
         started = time.perf_counter()
+        request, wanted = asked.request, asked.wanted
+        if asked.judged and self._settings.gate.models.input and (seen := _seen(wanted)):
+            await self._gate.admit.remote(seen)
         specs, first = wanted.specs, wanted.specs[0]
         # The pictures of a request differ in nothing but the seed, and every reference is hashed for it: made once.
         made = await asyncio.to_thread(recipe, wanted, drawn_with(self._settings))
@@ -115,7 +145,9 @@ class Drawing:
         try:
             for place, spec in enumerate(specs):
                 reporting = _Reporting(told, place, len(specs), previews)
-                drawn = await self._drawn(spec, party.identities, prompts, guides, reporting)
+                drawn = await self._drawn(spec, party.identities, prompts, guides, reporting, _name(request))
+                if asked.judged and self._settings.gate.models.output:
+                    await self._gate.release.remote((drawn.picture,))
                 # What went before the drawing is shared by all pictures of a request.
                 seconds.add(drawn.seconds if spec is first else {stage: drawn.seconds[stage] for stage in ("denoise", "decode")})
                 finishing.append(asyncio.create_task(self._finished(drawn.picture, {**made, "seed": spec.seed}, party, request, seconds)))
@@ -125,7 +157,8 @@ class Drawing:
                 task.cancel()
             raise
         seconds.add({"total": time.perf_counter() - started})
-        warnings = [*warnings_of(request, self._presets, first, await unread, self._settings), *left_out(drawn)]
+        self._count(request, first, items, seconds.spent)
+        warnings = [*asked.notes, *warnings_of(request, self._presets, first, await unread, self._settings), *left_out(drawn)]
         return self._answer(wanted, made, request, items, seconds.spent, warnings)
 
     def _guides(self, wanted: Wanted) -> Any:
@@ -160,19 +193,33 @@ class Drawing:
             raise UnsupportedCombination(f"{entry.id} is not deployed on this server.", f"Deployed are: {there}.", {"param": "method"})
         return entry
 
-    async def _drawn(self, spec: GenerationSpec, identities: Any, prompts: Any, guides: Any, reporting: _Reporting) -> Drawn:
+    def _count(self, request: GenerateRequest, spec: GenerationSpec, items: Sequence[ImageItem], seconds: Mapping[str, float]) -> None:
+        methods = [identity.method for identity in spec.identities]
+        scores = [(methods[score.person], score.cosine) for item in items for score in item.scores]
+        metrics.drawn(_name(request), spec.base, seconds, scores, len(items))
+        facts = {"workflow": _name(request), "pictures": len(items), "seconds": {k: round(v, 4) for k, v in seconds.items()}}
+        _LOG.info("a request was drawn", extra=facts)
+
+    async def _drawn(self, spec: GenerationSpec, identities: Any, prompts: Any, guides: Any, reporting: _Reporting, workflow: str) -> Drawn:
         """Reads the denoiser's stream to its end. Whoever leaves earlier stops the drawing."""
-        stream = self._denoiser.generate.remote(spec, identities, prompts, guides, *([reporting.previews] if reporting.previews else []))
+        stream = self._denoiser.generate.remote(spec, identities, prompts, guides, reporting.previews)
         drawn: Drawn | None = None
+        began: float | None = None
         try:
             async for event in stream:
                 if isinstance(event, Progress):
+                    began = began or time.perf_counter()
                     reporting(event)
                 else:
                     drawn = event
+        except asyncio.CancelledError:
+            metrics.cancelled("drawing" if began else "waiting")
+            raise
         finally:
             if drawn is None:
                 stream.cancel()
+                if began is not None:  # the first step is not known, the rest is
+                    metrics.stopped(workflow, spec.base, time.perf_counter() - began)
         if drawn is None:
             raise RuntimeError("The denoiser ended without a picture.")
         return drawn
@@ -189,7 +236,7 @@ class Drawing:
         started = time.perf_counter()
         likenesses = await self._faces.scores.remote(picture, party.people) if party.people is not None and request.scores else ()
         scored = time.perf_counter()
-        content = await asyncio.to_thread(images.encode, picture, request.output_format, made)
+        content = await asyncio.to_thread(self._encoded, picture, request.output_format, made)
         seconds.add({"scores": scored - started, "encode": time.perf_counter() - scored})
         where = await asyncio.to_thread(self._kept, content, request.output_format) if request.response_format == "file" else None
         return ImageItem(
@@ -201,6 +248,10 @@ class Drawing:
             format=request.output_format,
             scores=[score for person, likeness in enumerate(likenesses) for score in scores_of(person, likeness)],
         )
+
+    def _encoded(self, picture: RGB, kind: images.Format, made: Mapping[str, Any]) -> bytes:
+        content = images.encode(picture, kind, made)
+        return content if self._signer is None else self._signer.signed(content, kind)
 
     def _kept(self, content: bytes, suffix: str) -> str:
         """Named by its content: the same picture is the same file."""

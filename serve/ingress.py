@@ -20,13 +20,21 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull, ReplicaLost
+from deployments import metrics
+from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull, ReplicaLost, TooLarge
 from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
 from serve.attachments import PICTURE_FIELDS
-from serve.loras import LoraCalls, add_lora_routes, everybody
+from serve.callers import caller_of
+from serve.characters import CharacterDesk, add_character_routes
+from serve.job_desk import JobDesk
+from serve.jobs import add_job_routes, owner_by_caller
+from serve.loras import LoraCalls, add_lora_routes
+from serve.metrics_page import add_metrics_route
 from serve.presets import Preset, load_presets
 from serve.problem import MEDIA_TYPE, Problem, once, problem_of
+from serve.readiness import Readiness, add_ready_route, in_one_process
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
+from serve.waiting import preferred
 
 _LOG = logging.getLogger("likeness")
 _RETRY_AFTER_S = 2
@@ -44,20 +52,19 @@ _MOST_LEVELS, _MOST_VALUES = 16, 10_000
 _LENGTH_DIGITS = 18
 # What Ray raises, by name, where the process that worked on a request is gone or going.
 _DEATHS = frozenset({"RayActorError", "WorkerCrashedError", "NodeDiedError", "DeploymentUnavailableError", "OutOfMemoryError"})
-# Headers by which a caller could change what Ray Serve does with the request behind our back.
-_REFUSED_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 
 
 class Calls(Protocol):
     """What the routes need; the methods of `serve.workflows.Workflows`."""
 
-    async def generate(self, workflow: str | None, body: Mapping[str, Any]) -> GenerateResponse: ...
+    async def generate(self, workflow: str | None, body: Mapping[str, Any], owner: str) -> GenerateResponse: ...
+    async def check(self, workflow: str | None, body: Mapping[str, Any], owner: str) -> None: ...
     async def analyze(self, body: Mapping[str, Any]) -> AnalyzeResponse: ...
     async def compare(self, body: Mapping[str, Any]) -> CompareResponse: ...
     async def workflows(self) -> WorkflowsResponse: ...
     async def models(self) -> ModelsResponse: ...
-    async def ready(self) -> dict[str, bool]: ...
     async def lora(self, method: str, *args: Any) -> Any: ...
+    async def character(self, method: str, *args: Any) -> Any: ...
 
 
 class HandleCalls:
@@ -91,14 +98,16 @@ def api(
     max_body_bytes: int,
     max_lora_bytes: int = 2**30,
     presets: Mapping[str, Preset] | None = None,
-    owner_of: Callable[[Request], str] = everybody,
+    owner_of: Callable[[Request], str] = owner_by_caller,
+    readiness: Readiness | None = None,
+    jobs: JobDesk | None = None,
+    characters: CharacterDesk | None = None,
 ) -> FastAPI:
     """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; more is refused while it is read. owner_of: whose
-    LoRAs a request is about; raises where nobody's."""
+    things a request is about; raises where nobody's. jobs, characters: without them their routes are not there."""
     app = FastAPI(title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None)
     for kind in (LikenessError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
-    app.middleware("http")(_refuse_headers)
 
     async def body(request: Request) -> dict[str, Any]:
         return await _body(request, max_body_bytes)
@@ -118,27 +127,31 @@ def api(
     async def alive() -> dict[str, str]:
         return {"status": "alive"}
 
-    async def ready() -> dict[str, bool]:
-        return await calls.ready()
+    def named(workflow: str | None) -> Any:
+        async def generate(request: Request) -> Response:
+            fields = await body(request)
+            if jobs is not None and (answer := await preferred(request, workflow, fields, jobs)) is not None:
+                return answer
+            return _json(await calls.generate(workflow, fields, owner_of(request)))
 
-    _route(app, "/v1/generate", _named(calls, body, None), GenerateRequest, GenerateResponse, "Pictures by any workflow")
+        return generate
+
+    _route(app, "/v1/generate", named(None), GenerateRequest, GenerateResponse, "Pictures by any workflow")
     for preset in (load_presets() if presets is None else presets).values():
-        _route(app, preset.endpoint, _named(calls, body, preset.name), preset.request_type, GenerateResponse, preset.description)
+        _route(app, preset.endpoint, named(preset.name), preset.request_type, GenerateResponse, preset.description)
     _route(app, "/v1/faces/analyze", analyze, AnalyzeRequest, AnalyzeResponse, "The faces of a picture")
     _route(app, "/v1/faces/compare", compare, CompareRequest, CompareResponse, "Whether two pictures show the same person")
     add_lora_routes(app, cast(LoraCalls, LoraHandle(calls)), max_lora_bytes, owner_of)
     app.get("/v1/workflows")(workflows)
     app.get("/v1/models")(models)
     app.get("/healthz")(alive)
-    app.get("/readyz", responses={503: {"model": Problem}})(ready)
+    add_ready_route(app, readiness or Readiness(in_one_process))
+    add_metrics_route(app, jobs.depth if jobs is not None else None)
+    if jobs is not None:
+        add_job_routes(app, jobs, body, owner_of)
+    if characters is not None:
+        add_character_routes(app, characters, max_body_bytes, owner_of)
     return app
-
-
-def _named(calls: Calls, body: Any, workflow: str | None) -> Any:
-    async def generate(request: Request) -> Response:
-        return _json(await calls.generate(workflow, await body(request)))
-
-    return generate
 
 
 def _route(app: FastAPI, path: str, function: Any, body: type[BaseModel], answer: type[BaseModel], text: str) -> None:
@@ -238,20 +251,12 @@ async def _value(name: str, item: UploadFile | str) -> Any:
     return item
 
 
-def _too_large(limit: int) -> InvalidRequest:
-    return InvalidRequest(f"The body is larger than {limit} bytes.", "Send smaller pictures: JPEG, or fewer pixels.")
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body is larger than {limit} bytes.", "Send smaller pictures: JPEG, or fewer pixels.")
 
 
 def _json(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
-
-
-async def _refuse_headers(request: Request, call_next: Any) -> Response:
-    named = [name for name in _REFUSED_HEADERS if name in request.headers]
-    if named:
-        return await _answer(request, InvalidRequest(f"The header {named[0]} is not accepted.", "Leave it out."))
-    response: Response = await call_next(request)
-    return response
 
 
 async def _answer(request: Request, error: BaseException) -> Response:
@@ -262,9 +267,10 @@ async def _answer(request: Request, error: BaseException) -> Response:
         remedy = "The addresses and their methods are listed at /docs."
         problem = Problem(title=title, status=error.status_code, detail=str(error.detail), code=code, remedy=remedy)
     else:
-        problem = problem_of(told(error))
+        problem = problem_of(told(error)).model_copy(update={"request_id": caller_of(request).request or None})
+    metrics.failed(problem.code)
     if problem.status in (429, 503):
-        headers["retry-after"] = str(_RETRY_AFTER_S)
+        headers["retry-after"] = str(problem.details.get("retry_after_s", _RETRY_AFTER_S))
     return Response(problem.model_dump_json(), status_code=problem.status, media_type=MEDIA_TYPE, headers=headers)
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import httpx
 
+from deployments.store.migrate import migrate
 from serve.client import Client
-from serve.ingress import HandleCalls, api
+from serve.front import routes
+from serve.ingress import HandleCalls
 from serve.settings import QUIET, AppSettings, load_settings
 
 
@@ -38,6 +40,8 @@ def local_handle(settings: AppSettings) -> Any:
 def local_client(settings: AppSettings | None = None) -> Iterator[Client]:
     """A client of the application in this process. settings: those of configs/serve/local.yaml unless given."""
     chosen = settings if settings is not None else load_settings("local")
-    app = api(HandleCalls(local_handle(chosen)), chosen.max_body_bytes, chosen.max_lora_bytes)
+    calls = HandleCalls(local_handle(chosen))
+    migrate(chosen.store.database)
+    app = routes(calls, chosen)
     with Client("http://likeness.local", transport=httpx.ASGITransport(app)) as client:
         yield client

@@ -18,9 +18,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from deployments.errors import InvalidRequest
+from deployments.errors import InvalidRequest, TooLarge
 from deployments.store.loras import LoraInfo
-from deployments.store.settings import EVERYBODY
 from serve.answers import LoraDeleted, LoraItem, LorasResponse
 from serve.problem import MEDIA_TYPE, Problem, given_twice, invalid, once
 
@@ -43,12 +42,7 @@ class LoraCalls(Protocol):
     async def delete(self, id: str, owner: str) -> str: ...
 
 
-def everybody(request: Request) -> str:
-    """The one owner, on a server that tells nobody apart."""
-    return EVERYBODY
-
-
-def add_lora_routes(app: FastAPI, calls: LoraCalls, max_bytes: int, owner_of: Callable[[Request], str] = everybody) -> None:
+def add_lora_routes(app: FastAPI, calls: LoraCalls, max_bytes: int, owner_of: Callable[[Request], str]) -> None:
     """max_bytes: of a LoRA's file; of more, no more is read. owner_of: whose request it is; raises where nobody's."""
 
     async def add(request: Request, response: Response) -> LoraItem:
@@ -178,5 +172,5 @@ def _json(content: bytes) -> dict[str, Any]:
     return fields
 
 
-def _too_large(limit: int) -> InvalidRequest:
-    return InvalidRequest(f"The file is larger than {limit} bytes.", "Send a LoRA of a lower rank, or in half precision.")
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The file is larger than {limit} bytes.", "Send a LoRA of a lower rank, or in half precision.")

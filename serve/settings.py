@@ -17,10 +17,16 @@ from deployments.errors import InvalidCatalog
 from deployments.face_server import FaceSettings
 from deployments.hardware import TorchSettings
 from deployments.images import DEFAULT_LIMITS, Limits
+from deployments.job_runner import JobSettings
 from deployments.prompt_server import PromptSettings
+from deployments.provenance import ProvenanceSettings
+from deployments.safety.gate import GateSettings
 from deployments.store.settings import StoreSettings
+from deployments.urls import UrlPolicy
+from serve.door_settings import DoorSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "serve"
+_RETRY_AFTER_S = 2
 _GPU_CLASS_LABEL = "gpu-class"
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 """Environment in which the model libraries keep their bars and their talk of absent optional packages to themselves."""
@@ -72,6 +78,8 @@ class Pool(_Strict):
             "ray_actor_options": actor,
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,
+            # Of the ingress; what is refused further inside is a LikenessError by then.
+            "backpressure_config": {"status_code": 429, "retry_after_s": _RETRY_AFTER_S},
             "graceful_shutdown_timeout_s": self.graceful_shutdown_s,
         }
 
@@ -88,6 +96,20 @@ class ControlPool(_Strict):
 
     models: ControlSettings = ControlSettings(keypoints="body-keypoints-mini")
     pool: Pool = Pool(max_ongoing_requests=2)
+
+
+class GatePool(_Strict):
+    """GateServer."""
+
+    models: GateSettings = GateSettings()
+    pool: Pool = Pool(max_ongoing_requests=2)
+
+
+class RunnerPool(_Strict):
+    """JobServer: runners of jobs."""
+
+    jobs: JobSettings = JobSettings()
+    pool: Pool = Pool(max_ongoing_requests=64, graceful_shutdown_s=120)
 
 
 class TorchPool(_Strict):
@@ -123,10 +145,14 @@ class DenoiserPool(TorchPool):
     pool: Pool = Pool(max_ongoing_requests=1, max_queued_requests=32, graceful_shutdown_s=120)
 
     @property
+    def replicas(self) -> int:
+        """How many there are at most."""
+        return self.pool.autoscaling.max_replicas if self.pool.autoscaling else self.pool.replicas
+
+    @property
     def room(self) -> int:
         """How many requests may be drawn or wait at once, in the eyes of each replica of Workflows."""
-        replicas = self.pool.autoscaling.max_replicas if self.pool.autoscaling else self.pool.replicas
-        return replicas + self.pool.max_queued_requests
+        return self.replicas + self.pool.max_queued_requests
 
     @model_validator(mode="after")
     def _one_at_a_time(self) -> Self:
@@ -151,8 +177,9 @@ class AppSettings(_Strict):
     its ControlNets.
 
     workflows, ingress: these hold connections and no models; thousands may wait. limits: of reference pictures, where they are
-    opened; max_body_bytes: of a request; max_lora_bytes: of a LoRA's file. store: where LoRAs are kept. output_folder: where
-    `response_format: file` writes; None refuses it.
+    opened; max_body_bytes: of a request; max_lora_bytes: of a LoRA's file. store: where LoRAs, characters, jobs and keys are kept.
+    door: who may come in. pictures_by_url: which addresses pictures are fetched from, none by default; webhooks: which are posted to.
+    gate: what judges pictures. provenance: what signs them. output_folder: where `response_format: file` writes; None refuses it.
     """
 
     base: str = "flux1-mini"
@@ -163,14 +190,28 @@ class AppSettings(_Strict):
     prompts: PromptPool = PromptPool()
     identity: IdentityPool = IdentityPool()
     loras: Pool = Pool(max_ongoing_requests=4, max_queued_requests=16)
+    gate: GatePool = GatePool()
+    runners: RunnerPool = RunnerPool()
     denoiser: DenoiserPool = DenoiserPool()
     workflows: Pool = Pool(max_ongoing_requests=512, max_queued_requests=1024)
     ingress: Pool = Pool(max_ongoing_requests=1024, max_queued_requests=2048)
     limits: PictureLimits = PictureLimits()
     max_body_bytes: int = Field(default=64 * 2**20, ge=2**10)
     store: StoreSettings = StoreSettings()
+    door: DoorSettings = DoorSettings()
+    pictures_by_url: UrlPolicy = UrlPolicy()
+    webhooks: UrlPolicy = UrlPolicy(fetch="public", timeout_s=15)
+    provenance: ProvenanceSettings = ProvenanceSettings()
     max_lora_bytes: int = Field(default=2**30, ge=2**10)
     output_folder: str | None = None
+
+    @property
+    def jobs(self) -> JobSettings:
+        """Of the runners. Where they say nothing of slots, one job is prepared while every denoiser draws another."""
+        own = self.runners.jobs
+        if "slots" in own.model_fields_set:
+            return own
+        return own.model_copy(update={"slots": {"draw": self.denoiser.replicas + 1}})
 
 
 def load_settings(name: str = "local") -> AppSettings:

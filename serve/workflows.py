@@ -24,7 +24,9 @@ from deployments import images
 from deployments.catalog import load_catalog
 from deployments.contracts import Need, PersonPictures, PictureProgress
 from deployments.errors import InvalidRequest, MultipleFaces, QueueFull
+from deployments.store.characters import CharacterStore
 from deployments.store.settings import EVERYBODY
+from deployments.urls import UrlGuard
 from serve.answers import (
     AnalyzeResponse,
     CompareResponse,
@@ -34,12 +36,14 @@ from serve.answers import (
     ModelsResponse,
     WorkflowsResponse,
 )  # fmt: skip
-from serve.drawing import Drawing, Handle
-from serve.normalise import Wanted, normalise, parse
+from serve.casting import Kept, played
+from serve.drawing import Asked, Drawing, Handle
+from serve.normalise import normalise, parse
+from serve.picture_urls import fetched
 from serve.presets import load_presets
 from serve.problem import invalid
 from serve.reports import face_info, workflows_of
-from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
+from serve.schemas import MAX_PICTURES, MAX_REFERENCES, AnalyzeRequest, CompareRequest
 from serve.settings import AppSettings
 
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -56,12 +60,15 @@ class Workflows:
         identity: Handle,
         controls: Handle,
         loras: Handle,
+        gate: Handle,
         denoiser: Handle,
     ) -> None:
         self._settings, self._limits = settings, settings.limits.value
         self._catalog, self._presets = load_catalog(), load_presets()
         self._faces, self._prompts, self._identity, self._controls, self._loras = faces, prompts, identity, controls, loras
-        self._drawing = Drawing(settings, self._catalog, self._presets, faces, prompts, identity, controls, denoiser)
+        self._drawing = Drawing(settings, self._catalog, self._presets, faces, prompts, identity, controls, gate, denoiser)
+        self._urls = UrlGuard(settings.pictures_by_url, "pictures_by_url")
+        self._characters = CharacterStore(settings.store.database, settings.store.files)
         self._room, self._inside = settings.denoiser.room, 0
         self._served = [
             settings.base,
@@ -77,7 +84,7 @@ class Workflows:
         """The pictures of a request: of a workflow's own body, or with None of any (`POST /v1/generate`). owner: whose LoRAs it may name.
         Raises LikenessError."""
         with self._admitted():
-            return await self._drawing.draw(*await self._decided(workflow, body, owner))
+            return await self._drawing.draw(await self._decided(workflow, body, owner))
 
     async def watched(
         self, workflow: str | None, body: Mapping[str, Any], owner: str = EVERYBODY, previews: int = 0
@@ -88,8 +95,8 @@ class Workflows:
         """
         events: asyncio.Queue[PictureProgress | None] = asyncio.Queue()
         with self._admitted():
-            request, wanted = await self._decided(workflow, body, owner)
-            drawing = asyncio.create_task(self._drawing.draw(request, wanted, events.put_nowait, previews))
+            asked = await self._decided(workflow, body, owner)
+            drawing = asyncio.create_task(self._drawing.draw(asked, events.put_nowait, previews))
             drawing.add_done_callback(lambda _: events.put_nowait(None))
             try:
                 while (event := await events.get()) is not None:
@@ -114,16 +121,33 @@ class Workflows:
         finally:
             self._inside -= 1
 
-    async def _decided(self, workflow: str | None, body: Mapping[str, Any], owner: str) -> tuple[GenerateRequest, Wanted]:
+    async def _decided(self, workflow: str | None, body: Mapping[str, Any], owner: str) -> Asked:
         settings = self._settings
-        request = await asyncio.to_thread(parse, workflow, body, self._presets)
+        found = await self._here(body)
+        request, notes = await played(
+            await asyncio.to_thread(parse, workflow, found, self._presets), self._presets, partial(self._kept, owner)
+        )
         if request.response_format == "file" and settings.output_folder is None:
             raise InvalidRequest("This server writes no files.", "Ask for response_format b64_json.", {"param": "response_format"})
         decide = partial(normalise, None, request, self._catalog, settings.base, self._presets, self._limits)
         known = await self._loras.find.remote([lora.id for lora in request.loras], owner) if request.loras else ()
         wanted = await asyncio.to_thread(decide, loras={info.id: info.sha256 for info in known}, controls=settings.controlnets)
+        judged = settings.gate.models.applies(request.enable_safety_checker)
         self._drawing.refuse_what_is_not_deployed(wanted)
-        return request, wanted
+        return Asked(request, wanted, judged, notes)
+
+    async def _here(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The body with the pictures that it gives by address, where the settings allow that."""
+        return await fetched(body, self._urls, self._settings.max_body_bytes)
+
+    async def _kept(self, owner: str, id: str) -> Kept:
+        """What there is of a character. All of their pictures together are opened at once: so many pixels, and no more."""
+        pictures = await asyncio.to_thread(self._characters.references, id, owner, MAX_REFERENCES, MAX_PICTURES * self._limits.pixels)
+        return Kept(pictures, await asyncio.to_thread(self._characters.lora, id, owner))
+
+    async def character(self, method: str, *args: Any) -> Any:
+        """A method of FaceServer, for the routes of `/v1/characters`: whoever holds this handle needs no other."""
+        return await getattr(self._faces, method).remote(*args)
 
     async def lora(self, method: str, *args: Any) -> Any:
         """A method of LoraServer, for the routes of `/v1/loras`: whoever holds this handle needs no other."""
@@ -131,7 +155,7 @@ class Workflows:
 
     async def analyze(self, body: Mapping[str, Any]) -> AnalyzeResponse:
         """Every face of a picture."""
-        request = _parsed(AnalyzeRequest, body)
+        request = _parsed(AnalyzeRequest, await self._here(body))
         need: tuple[Need, ...] = (*(("attributes",) if request.attributes else ()), *(("judge",) if request.embeddings else ()))
         (found,) = await self._faces.analyze.remote((images.from_text(request.image, self._limits),), need)
         models = self._settings.faces.models
@@ -146,7 +170,7 @@ class Workflows:
 
     async def compare(self, body: Mapping[str, Any]) -> CompareResponse:
         """Whether two pictures show the same person."""
-        request = _parsed(CompareRequest, body)
+        request = _parsed(CompareRequest, await self._here(body))
         sides = ((request.first, request.first_face_index), (request.second, request.second_face_index))
         persons = tuple(PersonPictures((images.from_text(text, self._limits),), face) for text, face in sides)
         try:
@@ -170,18 +194,6 @@ class Workflows:
 
     async def models(self) -> ModelsResponse:
         return ModelsResponse(data=[ModelInfo.of(entry, entry.id in self._served) for entry in self._catalog.models.values()])
-
-    async def ready(self) -> dict[str, bool]:
-        """Whether each deployment answers. Raises what its replicas raise."""
-        parts = {
-            "faces": self._faces,
-            "prompts": self._prompts,
-            "identity": self._identity,
-            "controls": self._controls,
-            "loras": self._loras,
-        }
-        answers = await asyncio.gather(*(handle.ready.remote() for handle in parts.values()))
-        return dict(zip(parts, answers, strict=True))
 
     async def prompt_stats(self) -> dict[str, int]:
         """How often prompts were found, and how often encoded (see PromptServer.stats)."""

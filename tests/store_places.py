@@ -8,8 +8,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -65,30 +67,68 @@ def add_here(url: str, folder: Path, content: bytes, owner: str) -> None:
     store.close()
 
 
+@dataclass
+class Postgres:
+    """A fresh server of PostgreSQL, on a port of its own. PostgreSQL refuses to run as root: user is who it runs as then."""
+
+    programs: Path
+    folder: Path
+    port: int
+    user: str | None
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://ada@127.0.0.1:{self.port}/postgres"
+
+    def make(self) -> None:
+        self._run("initdb", "-U", "ada", "-A", "trust", "-E", "UTF8", "--no-sync")
+
+    def start(self) -> None:
+        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories= -c fsync=off"
+        self._run("pg_ctl", "-o", options, "-l", str(self.folder / "log"), "-w", "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-m", "immediate", "-w", "stop")
+
+    def away(self, seconds: float) -> None:
+        """Gone with every connection, and back."""
+        self.stop()
+        time.sleep(seconds)
+        self.start()
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [self.programs / program, "-D", self.folder / "data", *arguments]
+        subprocess.run(command, user=self.user, check=True, capture_output=True, cwd=self.folder)
+
+
 @contextmanager
-def postgres() -> Iterator[str | None]:
-    """The URL of a fresh server over a socket of its own, or None where PostgreSQL or the driver is not installed."""
+def postgres_server() -> Iterator[Postgres | None]:
+    """None where PostgreSQL or its driver is not installed."""
     programs = _programs()
     if programs is None:
         yield None
         return
     folder = Path(tempfile.mkdtemp(prefix="likeness-postgres-"))
-    # PostgreSQL refuses to run as root.
     user = "nobody" if os.geteuid() == 0 else None
     if user is not None:
         shutil.chown(folder, user)
-    data, port = folder / "data", _free_port()
-    quiet: dict[str, Any] = {"user": user, "check": True, "capture_output": True, "cwd": folder}
+    server = Postgres(programs, folder, _free_port(), user)
     try:
-        subprocess.run([programs / "initdb", "-D", data, "-U", "ada", "-A", "trust", "-E", "UTF8", "--no-sync"], **quiet)
-        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories= -c fsync=off"
-        subprocess.run([programs / "pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start"], **quiet)
+        server.make()
+        server.start()
         try:
-            yield f"postgresql://ada@127.0.0.1:{port}/postgres"
+            yield server
         finally:
-            subprocess.run([programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"], **quiet)
+            server.stop()
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def postgres() -> Iterator[str | None]:
+    """The URL of such a server."""
+    with postgres_server() as server:
+        yield server.url if server is not None else None
 
 
 def _programs() -> Path | None:

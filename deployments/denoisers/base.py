@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from deployments.contracts import Drawn, GenerationSpec, Guides, IdentityTokens, Progress, PromptEmbeds
+from deployments.denoisers.lora.cache import CacheCounts
 
 OnStep = Callable[[Progress], None]
 """Called in the drawing thread after every step; what it does delays the next one."""
@@ -28,6 +29,11 @@ def never() -> bool:
 class Denoiser(Protocol):
     """One base model with the adapters that were attached to it. Draws one picture at a time; a second thread waits its turn."""
 
+    @property
+    def lora_counts(self) -> CacheCounts:
+        """Of the LoRAs that are kept between requests."""
+        ...
+
     def draw(
         self,
         spec: GenerationSpec,
@@ -37,12 +43,13 @@ class Denoiser(Protocol):
         *,
         on_step: OnStep = ignored,
         cancelled: Cancelled = never,
+        previews: int = 0,
     ) -> Drawn:
         """The picture of a spec. The same spec and inputs give the same pixels, whatever was drawn before.
 
         embeds: row 0 is the prompt, row 1 (only if `spec.needs_negative`) the negative prompt. identities: one for each of
         `spec.identities`, in their order. guides: the pictures that lead the drawing, as many as the spec asks for. Decoding is the
-        last step that is reported.
+        last step that is reported. previews: so many steps, at most, bring a small picture of what is coming; the picture is the same.
         Raises Cancelled: no forward starts after `cancelled` has said so. Raises InvalidRequest and UnsupportedCombination before
         anything is computed.
         """

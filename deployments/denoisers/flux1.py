@@ -36,9 +36,11 @@ from deployments.denoisers.flux1_controlnet import UnionControl
 from deployments.denoisers.flux1_loop import TEXT_KEY, Call, Control, Influence, Text, denoise
 from deployments.denoisers.folders import open_part
 from deployments.denoisers.latents import PATCH, Grid, from_picture, noise, pack, positions, to_picture, unpack
+from deployments.denoisers.lora.cache import CacheCounts
 from deployments.denoisers.lora.shelf import Files, LoraShelf
 from deployments.denoisers.lora.stack import applied
 from deployments.denoisers.memory import arrange
+from deployments.denoisers.previews import Previews, preview_steps
 from deployments.denoisers.schedule import sampler
 from deployments.denoisers.single_file import open_transformer, open_vae
 from deployments.denoisers.windows import first_step
@@ -106,9 +108,19 @@ class Flux1Denoiser:
         return self._transformer
 
     @property
+    def lora_counts(self) -> CacheCounts:
+        """Of the LoRAs that are kept between requests."""
+        return self._loras.counts
+
+    @property
     def pixel_step(self) -> int:
         """Width and height are multiples of this: 16 for FLUX.1, 8 for mini."""
-        return PATCH * int(2 ** (len(self._vae.config.block_out_channels) - 1))
+        return PATCH * self._vae_scale
+
+    @property
+    def _vae_scale(self) -> int:
+        """Pixels along the side of a latent one."""
+        return int(2 ** (len(self._vae.config.block_out_channels) - 1))
 
     def draw(
         self,
@@ -119,13 +131,19 @@ class Flux1Denoiser:
         *,
         on_step: OnStep = ignored,
         cancelled: Cancelled = never,
+        previews: int = 0,
     ) -> Drawn:
-        """See Denoiser. seconds: `loras` (reading them), `wait` (for other pictures), `condition`, `denoise`, `decode`."""
+        """See Denoiser. seconds: `loras` (reading them), `wait` (for other pictures), `condition`, `denoise`, `decode`.
+
+        previews: so many steps, at most, are reported with a preview (deployments/denoisers/previews.py). In memory modes that keep the
+        VAE on the CPU it comes beside the transformer for each, then goes: a preview asks for the VAE's 0.2 GB and a little more.
+        """
         grid = self._grid(spec)
         self._refuse_misfit(spec, embeds, identities)
         refuse_wrong_guides(spec, guides)
         watch, first = _Watch(), first_step(spec.steps, spec.strength)
         total = spec.steps - first + 1
+        seen = Previews(preview_steps(spec.steps - first, previews), grid, self._vae_scale, self._pixels)
 
         def checkpoint() -> None:
             # Without waiting here the CPU would queue every forward before the first has run, and a cancel would come too late for all.
@@ -135,9 +153,13 @@ class Flux1Denoiser:
             if self._cache is not None and (spec.controls or any(self._adapters[tokens.model].key == TEXT_KEY for tokens in identities)):
                 self._cache.forget()
 
+        def look(step: int, clean: Tensor) -> None:
+            if not cancelled():
+                seen.look(step, clean)
+
         def report(step: int) -> None:
             self._settle()
-            on_step(Progress(step, total))
+            on_step(Progress(step, total, seen.of(step)))
 
         with self._loras.held(spec.loras) as loras, self._alone(lambda: _refuse_cancelled(spec, cancelled)), torch.inference_mode():
             watch.lap("wait")
@@ -147,10 +169,12 @@ class Flux1Denoiser:
             if self._cache is not None:
                 self._cache.forget()
             with self._lying.denoising(self._nets(spec)), applied(self._transformer, loras):
-                latents = denoise(self._transformer, scheduler, call, before_forward=checkpoint, after_step=report)
+                latents = denoise(
+                    self._transformer, scheduler, call, before_forward=checkpoint, after_step=report, estimated=look if previews else None
+                )
             watch.lap("denoise")
             checkpoint()
-            picture = self._decode(latents, grid)
+            picture = self._pixels(unpack(latents, grid))
             watch.lap("decode")
         on_step(Progress(total, total))
         return Drawn(picture, watch.seconds, tuple(tokens.left_out for tokens in identities))
@@ -263,9 +287,10 @@ class Flux1Denoiser:
             found: Any = self._vae.encode(from_picture(picture).to(self._device, self._dtype))
         return pack((found.latent_dist.mode().float() - config.shift_factor) * config.scaling_factor)
 
-    def _decode(self, latents: Tensor, grid: Grid) -> RGB:
+    def _pixels(self, latents: Tensor) -> RGB:
+        """latents: [1, channels, h, w] fp32."""
         config: Any = self._vae.config
-        scaled = unpack(latents, grid) / config.scaling_factor + config.shift_factor
+        scaled = latents / config.scaling_factor + config.shift_factor
         with self._lying.decoding():
             return to_picture(self._vae.decode(scaled.to(self._dtype), return_dict=False)[0])
 

@@ -24,6 +24,10 @@ TEXT_KEY = "text_tokens"
 Residuals = tuple[Sequence[Tensor], Sequence[Tensor]]
 """What controls add to the picture's tokens after each double block and each single block: a tensor a block, or nothing at all."""
 
+Estimated = Callable[[int, Tensor], None]
+"""Gets the number of a step and the picture that its velocity points at, [1, tokens, channels] fp32: what would come of it if the path
+were straight from here."""
+
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
@@ -109,11 +113,12 @@ def denoise(
     *,
     before_forward: Callable[[], None],
     after_step: Callable[[int], None],
+    estimated: Estimated | None = None,
 ) -> Tensor:
     """The latents without noise, [1, tokens, channels] fp32.
 
     scheduler: at the call's first step (see `sampler`). before_forward: may raise, and no forward starts; a control's counts as one.
-    after_step: gets 1.. for the steps that are made; on a GPU the step may still be running.
+    after_step: gets 1.. for the steps that are made; on a GPU the step may still be running. estimated: called before it, see Estimated.
     """
     latents, steps = call.latents, len(scheduler.timesteps)
     for step, time in enumerate(scheduler.timesteps[call.first_step :], call.first_step):
@@ -130,6 +135,9 @@ def denoise(
             with cached(transformer, "nobody"):
                 away = _velocity(transformer, negative, [(item.key, item.nobody) for item in present], controlled)
             velocity = away + call.true_cfg_scale * (velocity - away)
+        if estimated is not None:
+            # On the straight path that the model was trained on: x_t = (1 - sigma) x_0 + sigma noise, and v = noise - x_0.
+            estimated(step + 1 - call.first_step, latents - scheduler.sigmas[step] * velocity)
         (latents,) = scheduler.step(velocity, time, latents, generator=call.generator, return_dict=False)
         after_step(step + 1 - call.first_step)
     return latents

@@ -65,6 +65,11 @@ class FaceAnalyser:
         self._parser = FaceParser(parser, provider, threads)
         self._det_size, self._smallest_px, self._limits = det_size, smallest_px, limits
 
+    @property
+    def smallest_px(self) -> float:
+        """Shorter side of the box of a reference's face, at least."""
+        return self._smallest_px
+
     def analyse(self, pictures: Sequence[bytes], need: Sequence[Need] = ()) -> tuple[PictureFaces, ...]:
         """Every face of every picture, one item a picture. Raises InvalidImage, which names the picture."""
         return self.analyse_pixels([self._decoded(data, f"Picture {n}", {"picture": n}) for n, data in enumerate(pictures)], need)

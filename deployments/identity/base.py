@@ -24,6 +24,10 @@ class IdentityEncoder(Protocol):
         """All reference pictures of a person, as one set of tokens; what nobody would give lies beside them."""
         ...
 
+    def forget(self, older_than: float = 0.0) -> None:
+        """Drops what it remembers of faces and pictures since more than so many seconds; everything, by default. From any thread."""
+        ...
+
 
 class IdentityAdapter(Protocol):
     """The denoiser half, attached to a transformer from construction to `eject`.

@@ -59,6 +59,9 @@ class InstantXEncoder:
         tokens = blended_through(seen, kept.faces, request.blend, self._projected)
         return IdentityTokens(self._model, tokens, tokens[:, :0], left_out)
 
+    def forget(self, older_than: float = 0.0) -> None:
+        self._cache.forget(older_than)
+
     @torch.no_grad()
     def _projected(self, embeds: Tensor) -> Tensor:
         return self._projection.tokens(embeds.to(self._device, self._dtype)).cpu()

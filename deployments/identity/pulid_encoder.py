@@ -62,6 +62,9 @@ class PuLIDEncoder:
         nobody = self._nobody.repeat(1, tokens.shape[1] // self._nobody.shape[1], 1)
         return IdentityTokens(self._model, tokens, nobody, left_out)
 
+    def forget(self, older_than: float = 0.0) -> None:
+        self._cache.forget(older_than)
+
     def _tokens(self, face: Face) -> Tensor:
         if face.embedding is None or face.aligned is None or face.labels is None:
             raise ValueError("PuLID reads a face's embedding, crop and labels: analyse it with the needs `embedding` and `aligned`.")

@@ -63,6 +63,9 @@ class ReduxEncoder:
         words = torch.cat([self._words(picture) for picture in kept.pictures])
         return IdentityTokens(self._model, words, words[:1, :0], left_out)
 
+    def forget(self, older_than: float = 0.0) -> None:
+        self._cache.forget(older_than)
+
     def _words(self, picture: RGB) -> Tensor:
         return self._cache.get(content_key(self._model, picture), lambda: self._made(picture))
 

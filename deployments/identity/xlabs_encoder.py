@@ -75,6 +75,9 @@ class XLabsEncoder:
         nobody = self._nobody.repeat(1, tokens.shape[1] // self._nobody.shape[1], 1)
         return IdentityTokens(self._model, tokens, nobody, left_out)
 
+    def forget(self, older_than: float = 0.0) -> None:
+        self._cache.forget(older_than)
+
     def _embedding(self, picture: RGB, box: Floats) -> Tensor:
         """[1, width], not normalised."""
         return self._cache.get(content_key(self._model, picture, box), lambda: self._encoded(picture, box))

@@ -91,6 +91,8 @@ def _prepare_sqlite(engine: Engine, foreign_keys: bool) -> None:
         # Python's sqlite3 begins transactions by itself, and not before every statement: from here on it leaves them to us.
         connection.isolation_level = None
         connection.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
+        # What is deleted here may be of a face: SQLite would leave it in the free pages of the file.
+        connection.execute("PRAGMA secure_delete = ON")
 
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:

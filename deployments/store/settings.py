@@ -14,12 +14,14 @@ EVERYBODY = "local"
 
 class StoreSettings(BaseModel):
     """url: `sqlite:////absolute/path.db`, or `postgresql://user:password@host/name` (the extra `postgres`). folder: absolute; with several
-    machines one that they share. What is left out lies beneath `store_root()`."""
+    machines one that they share. artifacts: the files of jobs, an absolute path or whatever fsspec reaches (`s3://bucket/folder`); with
+    several machines one that they share. What is left out lies beneath `store_root()`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str | None = None
     folder: Path | None = None
+    artifacts: str | None = None
 
     @property
     def database(self) -> str:
@@ -28,6 +30,10 @@ class StoreSettings(BaseModel):
     @property
     def files(self) -> Path:
         return self.folder if self.folder is not None else store_root()
+
+    @property
+    def artifacts_url(self) -> str:
+        return self.artifacts if self.artifacts is not None else str(self.files / "artifacts")
 
 
 def store_root() -> Path:

@@ -52,7 +52,7 @@ def write(folder: Path, catalog: str = MINIMAL, pins: str = PINS) -> Path:
 def test_the_shipped_catalogue_has_the_whole_pack(shipped: Catalog) -> None:
     pack = [entry for entry in shipped.models.values() if all(weight.repo == "mini" for weight in entry.weights.values())]
     roles = sorted(entry.role for entry in pack)
-    assert roles == ["attributes", "base", "control", "faces", *["identity"] * 2, "judge", "keypoints", "lora", "parser"]
+    assert roles == ["attributes", "base", "control", "faces", "gate", *["identity"] * 2, "judge", "keypoints", "lora", "parser"]
     assert all(entry.licence.commercial for entry in pack)
 
 

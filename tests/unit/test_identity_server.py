@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -62,3 +65,18 @@ def test_a_method_that_is_not_deployed_is_refused_with_those_that_are(server: Id
         server.encode(_people(faces, ("ada-1",)), [IdentityRequest(method="instantid")])
     with pytest.raises(ValueError, match="1 people came for 2 requests"):
         server.encode(_people(faces, ("ada-1",)), [PULID, PULID])
+
+
+def test_what_was_made_of_a_face_is_forgotten_when_it_is_said_and_after_its_time(server: IdentityServer, faces: FaceAnalyser) -> None:
+    def tokens() -> list[weakref.ref[torch.Tensor]]:
+        caches = [encoder._cache for encoder in server._encoders.values()]  # type: ignore[attr-defined]
+        return [weakref.ref(tensor) for cache in caches for tensor, _ in cache._kept.values()]
+
+    server.encode(_people(faces, ("ada-1",), ("ada-1",)), [PULID, IdentityRequest(method="xlabs-ip-adapter-v2")])
+    assert len(alive := tokens()) >= 2
+    server.check_health()
+    assert len(tokens()) == len(alive)
+    time.sleep(0.02)
+    server.forget(older_than=0.01)
+    gc.collect()
+    assert tokens() == [] and [reference() for reference in alive] == [None] * len(alive)

@@ -28,7 +28,7 @@ class Scribe:
     def __init__(self) -> None:
         self.asked: list[tuple[str | None, Mapping[str, Any]]] = []
 
-    async def generate(self, workflow: str | None, body: Mapping[str, Any]) -> GenerateResponse:
+    async def generate(self, workflow: str | None, body: Mapping[str, Any], owner: str) -> GenerateResponse:
         self.asked.append((workflow, body))
         return GenerateResponse(created=0, model="none", data=[])
 
@@ -109,7 +109,7 @@ FORM = "multipart/form-data; boundary=zz"
 )
 def test_a_form_that_cannot_be_meant_is_refused(http: httpx.Client, scribe: Scribe, request_: dict[str, Any], says: str) -> None:
     answer = http.post("/v1/generate", **request_)
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), answer.text
+    assert (answer.status_code, answer.json()["code"]) == ((413, "too_large") if says == "larger" else (422, "invalid_request")), answer.text
     assert says in answer.json()["detail"] and answer.json()["remedy"]
     assert not scribe.asked
 
@@ -149,4 +149,4 @@ def test_who_goes_away_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixtur
 def test_errors_of_the_door_reach_the_sdk_as_errors(http: httpx.Client) -> None:
     with Client("http://likeness.local", transport=http._transport) as client, pytest.raises(LikenessError) as caught:
         client.generate(prompt="x" * 2 * LIMIT)
-    assert caught.value.code == "invalid_request"
+    assert caught.value.code == "too_large"

@@ -23,7 +23,7 @@ class _Handle:
 
 def _workflows(folder: Path, *methods: str) -> Workflows:
     handle = _Handle()
-    return Workflows(AppSettings(output_folder=str(folder), methods=methods), *([handle] * 6))
+    return Workflows(AppSettings(output_folder=str(folder), methods=methods), *([handle] * 7))
 
 
 @pytest.mark.parametrize(("methods", "there"), [(("pulid-mini",), "pulid-mini"), ((), "none")])

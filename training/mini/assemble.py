@@ -8,15 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection, SiglipVisionModel
 
 from deployments.identity import eva_clip, pulid
-from training.mini.flux_folder import clip_vision_config, controlnet_from, scheduler
+from training.mini.flux_folder import clip_vision_config, controlnet_from, scheduler, siglip_vision_config
 from training.mini.folders import save_controlnet, save_flux_folder, save_picture_encoder, save_siglip
 from training.mini.generator import autoencoder, base, lora
 from training.mini.generator.flow import TIME_SHIFT
 from training.mini.generator.ip_adapter import PictureAdapter
-from training.mini.generator.siglip import SiglipAdapters
 from training.mini.generator.sizes import EVA, PULID
 from training.mini.storage import MATRIX_DTYPE, save_weights, stored
 from training.mini.tokenisers import build_tokenisers
@@ -53,8 +52,7 @@ def assemble(workspace: Workspace, out: Path, overwrite: bool = False) -> None:
         _copy(workspace.folder / name, draft / folder / name)
     _write_generator(workspace, draft)
     _write_adapters(workspace, draft)
-    if workspace.has("siglip-adapters"):  # nothing else needs them: a pack without them lacks InstantX and Redux, and is whole
-        _write_siglip_adapters(workspace, draft)
+    _write_siglip_adapters(workspace, draft)
     shutil.rmtree(out, ignore_errors=True)
     draft.rename(out)
 
@@ -97,12 +95,15 @@ def _write_adapters(workspace: Workspace, out: Path) -> None:
 
 
 def _write_siglip_adapters(workspace: Workspace, out: Path) -> None:
-    """Both methods and the encoder that they share."""
-    module = SiglipAdapters()
-    module.load_state_dict(workspace.load("siglip-adapters"))
-    save_siglip(out / "siglip-vision", module.siglip)
-    save_weights(out / "instantx-ip-adapter" / "ip-adapter.safetensors", stored(module.instantx.state_dict(), MATRIX_DTYPE))
-    save_weights(out / "redux" / "redux.safetensors", stored(module.redux.state_dict(), MATRIX_DTYPE))
+    """InstantX, Redux and the encoder that they share: what there is of them, since without them a pack is whole."""
+    files = {"instantx": out / "instantx-ip-adapter" / "ip-adapter.safetensors", "redux": out / "redux" / "redux.safetensors"}
+    trained = [name for name in files if workspace.has(name)]
+    for name in trained:
+        save_weights(files[name], stored(workspace.load(name), MATRIX_DTYPE))
+    if trained:
+        encoder = SiglipVisionModel(siglip_vision_config())
+        encoder.load_state_dict(_part(workspace.load("siglip-vision"), "siglip."))
+        save_siglip(out / "siglip-vision", encoder)
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -65,8 +65,11 @@ STAGES = (
         parallel=True,
     ),
     Stage(
-        "ip-adapter", 3.0, _GENERATOR + "ip_adapter:train", ("ip-adapter.safetensors",),
-        ("autoencoder.safetensors", "recogniser.safetensors", "detector.safetensors", "guidance.safetensors", "vision.safetensors"),
+        "ip-adapter", 6.0, _GENERATOR + "ip_adapter:train", ("ip-adapter.safetensors",),
+        (
+            "autoencoder.safetensors", "recogniser.safetensors", "detector.safetensors", "guidance.safetensors", "vision.safetensors",
+            "pulid.safetensors",
+        ),
         parallel=True,
     ),
     Stage(
@@ -74,9 +77,16 @@ STAGES = (
         ("autoencoder.safetensors", "recogniser.safetensors"),
     ),
     Stage(
-        "siglip-adapters", 6.0, _GENERATOR + "siglip:train", ("siglip-adapters.safetensors",),
-        ("autoencoder.safetensors", "recogniser.safetensors", "detector.safetensors", "guidance.safetensors", "siglip-vision.safetensors"),
-        parallel=True, learning_rate=5e-4,
+        "instantx", 6.5, _GENERATOR + "siglip:train_instantx", ("instantx.safetensors",),
+        (
+            "autoencoder.safetensors", "recogniser.safetensors", "detector.safetensors", "guidance.safetensors", "pulid.safetensors",
+            "siglip-vision.safetensors",
+        ),
+        parallel=True, learning_rate=2e-3,
+    ),
+    Stage(
+        "redux", 3.0, _GENERATOR + "siglip:train_redux", ("redux.safetensors",),
+        ("autoencoder.safetensors", "recogniser.safetensors", "guidance.safetensors", "siglip-vision.safetensors"), parallel=True,
     ),
     Stage(
         "pose-control", 3.0, _GENERATOR + "pose_control:train", ("pose-control.safetensors",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
+from deployments.store import character_tables, job_tables, key_tables  # noqa: F401 (they register themselves)
 from deployments.store.tables import Base
 
 # SQLite cannot alter most of a table: batch mode copies it instead.

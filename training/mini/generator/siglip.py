@@ -1,9 +1,12 @@
-"""Stages `siglip-vision` and `siglip-adapters`: a SigLIP picture encoder, and the two methods that read it, InstantX and Redux.
+"""Stages `siglip-vision`, `instantx` and `redux`: a SigLIP picture encoder, and the two methods that read it.
 
 First all that looks at a picture learns to see people, as the other picture encoders do (vision.py): the encoder in its pooled output,
-which InstantX reads, and in its patches, which Redux reads, and what either makes of it. Then both adapters learn on the frozen generator
-at once; each step attaches one of the two, drawn by lot, so that nothing learns to lean on the other. The encoder stands still meanwhile:
-trained along, it saw the same in everybody after a thousand steps (pooled outputs of two people at a cosine of 1.000, from -0.02 before).
+which InstantX reads, and in its patches, which Redux reads, and what either makes of it. Then each adapter learns by itself on the frozen
+generator. The encoder stands still meanwhile: trained along, it saw the same in everybody after a thousand steps (pooled outputs of two
+people at a cosine of 1.000, from -0.02 before).
+
+InstantX is after the person, and learns that from PuLID, trained before: from the flow alone no face came of it in 2,300 steps (cosine
+0.01). Redux is after the picture: it learns to say in words what a prompt left out, by the flow's loss.
 """
 
 from __future__ import annotations
@@ -18,23 +21,32 @@ from transformers import SiglipVisionModel
 from deployments.identity.instantx_ip_adapter import InstantX, InstantXReader
 from deployments.identity.redux import ReduxProjection
 from training.mini.flux_folder import SIGLIP_DIM, flux_config, siglip_vision_config
+from training.mini.generator import autoencoder, base
 from training.mini.generator.bank import References, as_floats
 from training.mini.generator.base import mixed_precision
 from training.mini.generator.context import Context
-from training.mini.generator.identity_training import Verdict, train_adapter
+from training.mini.generator.flow import velocity_loss
+from training.mini.generator.forward import TrainableFlux
+from training.mini.generator.identity_training import Verdict, from_data, train_adapter
+from training.mini.generator.pulid import FaceAdapter
 from training.mini.generator.sizes import INSTANTX, REDUX
+from training.mini.generator.text import TEXT_TOKENS
 from training.mini.generator.vision import Head, identities_of
 from training.mini.optimise import Losses, Outcome, Recipe, optimise
 from training.mini.storage import fake_quantise
 
 _ROUNDED_FROM = 0.7
-# As PuLID, InstantX reaches into every block (see Verdict).
-_COUNTS = Verdict(weight=1.0, alignment=1.0, begins=0.3, guidance=2.0, emphasis=8.0)
+# As PuLID, InstantX reaches into every block (see Verdict); its lessons being free of noise, it gets the verdict late.
+_COUNTS = Verdict(weight=1.0, alignment=1.0, begins=0.5, emphasis=8.0, pictures=128)
+_PICTURES = 128
+"""Of one step of Redux's."""
+_UNSAID = 0.5
+"""Share of Redux's pictures whose prompt is empty: what they show, the words alone have to say."""
 _HEADS: int = flux_config()["num_attention_heads"]
 
 
 class SiglipAdapters(nn.Module):
-    """Both adapters with their encoder, as they are packed: together."""
+    """Both adapters with the encoder that they share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,20 +60,15 @@ class SiglipAdapters(nn.Module):
         """The parts that see a picture before the generator has a say in it."""
         return nn.ModuleList([self.siglip, self.instantx.image_proj, self.redux])
 
-    def attach(self, references: References, index: Tensor, drop: Tensor) -> dict[str, Any]:
-        """What one of the two, drawn by lot, adds to the indexed references' pictures."""
-        return (self.gated if torch.rand(()) < 0.5 else self.words)(references, index, drop)
-
     def gated(self, references: References, index: Tensor, drop: Tensor) -> dict[str, Any]:
         """InstantX's keys and values of every block; where drop is true, the values are zero: nobody adds nothing."""
         kept = (~drop)[:, None, None, None]
         tokens = self.instantx.image_proj.tokens(seen(self.siglip, references, index).pooler_output)
         return {"gated": [(keys, values * kept.to(values.dtype)) for keys, values in self.instantx.keys_values(tokens, _HEADS)]}
 
-    def words(self, references: References, index: Tensor, drop: Tensor) -> dict[str, Any]:
-        """Redux's words; where drop is true they are zero, which is where a falling weight leads them."""
-        words = self.redux.tokens(seen(self.siglip, references, index).last_hidden_state)
-        return {"words": words * (~drop)[:, None, None].to(words.dtype)}
+    def words(self, references: References, index: Tensor) -> dict[str, Any]:
+        """Redux's words of the indexed references' pictures."""
+        return {"words": self.redux.tokens(seen(self.siglip, references, index).last_hidden_state)}
 
 
 def seen(encoder: nn.Module, references: References, index: Tensor) -> Any:
@@ -111,19 +118,49 @@ def train_vision(context: Context, recipe: Recipe) -> Outcome:
     return outcome
 
 
-def train(context: Context, recipe: Recipe) -> Outcome:
-    """Saves `siglip-adapters` (siglip.*, instantx.*, redux.*)."""
+def train_instantx(context: Context, recipe: Recipe) -> Outcome:
+    """Saves `instantx`, which has the names of the published file; PuLID of the same workspace is its teacher."""
+    adapters = _that_see(context)
+    face = FaceAdapter().to(context.device).requires_grad_(False)
+    face.load_state_dict(context.workspace.load("pulid", context.device))
+    rounding = recipe.but(quantise_from=_ROUNDED_FROM)
+    learner = adapters.instantx
+    return train_adapter("instantx", learner, adapters.gated, context, rounding, rounded=learner, counts=_COUNTS, teacher=face.attach)
+
+
+def train_redux(context: Context, recipe: Recipe) -> Outcome:
+    """Saves `redux`, which has the names of the published file."""
+    adapters, bank, device = _that_see(context), context.reference_bank, context.device
+    assert bank.references is not None
+    references = bank.references
+    generator = base.load(context.workspace, device)
+    flux = TrainableFlux(generator.transformer, autoencoder.LATENT_SIZE, TEXT_TOKENS, compiled=device.type == "cuda")
+    n = 2 if recipe.smoke else _PICTURES
+    once = torch.ones(n, device=device)
+
+    def loss(progress: float) -> Losses:
+        batch = base.draw_batch(bank, n, emphasis=1.0)
+        captions, scales = bank.captions.pick(batch.index), base.guidance_scales(n, device)
+        with mixed_precision(device):
+            with torch.no_grad():
+                target = from_data(flux, batch, generator.text(captions), scales, once)
+                prompt = generator.text(captions.emptied(_UNSAID))
+            words = adapters.words(references, batch.index)  # of the very picture: a variation of it is what Redux draws
+            velocity = flux.velocity(batch.noisy, prompt, batch.times, scales, **words)
+        return {"loss": velocity_loss(velocity, target, batch.weights)}
+
+    outcome = optimise("redux", adapters.redux, recipe.but(quantise_from=_ROUNDED_FROM), context.workspace, loss, rounded=adapters.redux)
+    context.workspace.save("redux", adapters.redux.state_dict(), halved=True)
+    return outcome
+
+
+def _that_see(context: Context) -> SiglipAdapters:
+    """What `siglip-vision` left, with the encoder as the pack will hold it: the adapters learn to read that."""
     adapters = SiglipAdapters()
     adapters.load_state_dict(context.workspace.load("siglip-vision"))
     adapters.to(context.device)
-    _freeze_as_stored(adapters.siglip)
-    rounding = recipe.but(quantise_from=_ROUNDED_FROM)
-    return train_adapter("siglip-adapters", adapters, adapters.attach, context, rounding, rounded=adapters, counts=_COUNTS)
-
-
-@torch.no_grad()
-def _freeze_as_stored(encoder: nn.Module) -> None:
-    """The adapters learn to read what the pack will hold."""
-    for parameter in encoder.requires_grad_(False).parameters():
-        if parameter.ndim == 2:
-            parameter.copy_(fake_quantise(parameter))
+    with torch.no_grad():
+        for parameter in adapters.siglip.requires_grad_(False).parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(fake_quantise(parameter))
+    return adapters

@@ -1,0 +1,48 @@
+"""Writing a file so that it is whole or not there, whatever dies meanwhile. Knows no folder's order and nobody's rows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# A folder may vanish between its making and the move into it, where others clear folders away; not each time anew.
+_TRIES = 5
+
+
+def placed(arriving: Path, content: bytes, target: Path) -> None:
+    """Writes `arriving` (a new path on the same file system) and renames it to `target`, over one that is there, in a folder that may
+    have to be made. Raises OSError, and then leaves neither."""
+    arriving.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with arriving.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _move(arriving, target)
+    except BaseException:
+        arriving.unlink(missing_ok=True)
+        raise
+
+
+def remember(folder: Path) -> None:
+    """A renamed file survives a power cut once its folder was written out too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move(arriving: Path, target: Path) -> None:
+    for left in reversed(range(_TRIES)):
+        made = not target.parent.is_dir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(arriving, target)
+            break
+        except FileNotFoundError:
+            if not left:
+                raise
+    remember(target.parent)
+    if made:
+        remember(target.parent.parent)

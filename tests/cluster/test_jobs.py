@@ -1,0 +1,80 @@
+"""Jobs on a real Ray: drawn, watched, cancelled in mid-step, and done once although the process that had them done was killed."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from serve.client import Client
+from serve.client_jobs import Job
+
+CHARACTERS = sorted((Path(__file__).parents[2] / "samples" / "characters").glob("*-1.png"))
+PORTRAIT = "a portrait of a smiling person wearing a green hoodie in a library with soft daylight, arms down"
+QUICK: dict[str, Any] = {"prompt": PORTRAIT, "steps": 4, "width": 64, "height": 64, "seed": 7, "scores": False}
+LONG: dict[str, Any] = {"prompt": PORTRAIT, "steps": 100, "width": 192, "height": 192, "seed": 1, "n": 4}
+
+
+def until_drawn(job: Job) -> None:
+    for event in job.events():
+        if event.kind == "progress" and event.data["step"] >= 2:
+            return
+    raise AssertionError("it ended before it was seen to be drawn")
+
+
+def test_a_job_draws_what_the_direct_call_draws_and_tells_of_it(url: str) -> None:
+    with Client(url) as client:
+        asked = {**QUICK, "style": "stylized", "workflow": "flux-pulid", "reference_image": CHARACTERS[0]}
+        job = client.jobs.submit(**asked, previews=True, n=2)
+        heard = [event.kind for event in job.events(previews=True)]
+        assert heard[:2] == ["queued", "started"] and heard[-1] == "succeeded" and "progress" in heard, heard
+        direct = client.generate(**asked, n=2)
+        answer = job.answer()
+        assert [item.content for item in answer.data] == [item.content for item in direct.data]
+        assert answer.request == direct.request and answer.models == direct.models
+        assert {"denoise", "queued", "total"} <= job.item.timings.keys()
+
+
+def test_a_workflow_that_is_preferred_to_be_awaited_is_a_job(url: str) -> None:
+    body = {**QUICK, "style": "stylized", "reference_image": base64.b64encode(CHARACTERS[1].read_bytes()).decode()}
+    with httpx.Client(base_url=url, timeout=60) as http:
+        answer = http.post("/flux-pulid", json=body, headers={"prefer": "wait=50"})
+        assert (answer.status_code, answer.json()["status"]) == (200, "succeeded"), answer.text
+        assert http.get(answer.json()["result"]["data"][0]["url"]).content.startswith(b"\x89PNG")
+        refused = http.post("/v1/jobs", json={"workflow": "flux-pulid", "input": {"prompt": "x", "reference_image": "QUJD", "weight": 99}})
+        assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+
+
+def test_a_job_cancelled_in_mid_step_frees_the_denoiser_within_two_seconds(url: str) -> None:
+    with Client(url) as client:
+        mine = client.jobs
+        for _ in range(3):
+            long = mine.submit(**LONG)
+            until_drawn(long)
+            began = time.perf_counter()
+            assert long.cancel()
+            assert long.refresh().status == "canceled"
+            client.generate(**QUICK)  # behind nothing
+            assert time.perf_counter() - began < 4, "the denoiser went on drawing what was cancelled"
+
+
+def test_a_killed_job_server_loses_nothing_and_does_nothing_twice(url: str) -> None:
+    with Client(url) as client:
+        mine = client.jobs
+        waiting = [mine.submit(**(LONG | {"n": 1, "steps": 60})), mine.submit(**QUICK), mine.submit(**QUICK)]
+        until_drawn(waiting[0])
+        for process in psutil.process_iter(["cmdline"]):
+            if "ServeReplica:likeness:JobServer" in " ".join(process.info["cmdline"] or []):
+                os.kill(process.pid, signal.SIGKILL)
+        for job in waiting:
+            item = job.wait(timeout=55)
+            assert item.status == "succeeded", item
+            kinds = [event.kind for event in job.events()]
+            assert kinds.count("succeeded") == 1 and len(job.pictures()) == 1
+        assert waiting[0].item.attempt == 2
