@@ -1,7 +1,7 @@
 """`python -m benchmarks.overload [--seconds 120] [--write docs/overload.md]`: three times as many requests as the server can draw.
 
-First how much it draws when it is just busy (as many clients as may wait, each asks again when it has its picture); then requests come three
-times as fast, whoever is still waiting. Goodput is what is drawn then, beside the first figure. Needs an otherwise idle machine.
+First how much it draws when it is just busy (as many clients as may wait, each asks again when it has its picture); then requests come
+three times as fast, whoever is still waiting. Goodput is what is drawn then, beside the first figure. Needs an otherwise idle machine.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ _FILL_BYTES = 2**16
 
 
 class Database(Protocol):
-    url: str
+    @property
+    def url(self) -> str: ...
 
     def away(self, seconds: float) -> None:
         """Nobody can use the database meanwhile."""
@@ -51,7 +52,11 @@ class Receiver:
     """Takes webhooks, and keeps what came: (webhook-id, body), in order."""
 
     got: list[tuple[str, bytes]] = field(default_factory=list)
-    url: str = ""
+    address: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}/hook"
 
     @classmethod
     @contextmanager
@@ -69,7 +74,7 @@ class Receiver:
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        receiver.url = f"http://127.0.0.1:{server.server_port}/hook"
+        receiver.address = f"127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

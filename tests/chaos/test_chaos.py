@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import pytest
 
 from deployments.images import decode
 from deployments.store.settings import StoreSettings
+from deployments.urls import UrlPolicy
 from serve.client import Client
 from serve.cluster import serving
+from serve.job_answers import JobEvent
 from serve.settings import load_settings
 from tests.chaos.house import Database, House, Receiver, Sqlite, controller, database_away, full_disk, patiently, replica, small_disk
 from tests.store_places import postgres_server
@@ -62,7 +65,8 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         small = stack.enter_context(small_disk(disk))
         receiver = stack.enter_context(Receiver.listening())
         store = StoreSettings(url=database.url, folder=folder, artifacts=str(disk / "artifacts"))
-        settings = load_settings("local").model_copy(update={"store": store})
+        webhooks = UrlPolicy(fetch="allow", allow=(receiver.address,))
+        settings = load_settings("local").model_copy(update={"store": store, "webhooks": webhooks})
         address = stack.enter_context(serving(settings, port=free_port()))
         yield House(address, database, disk, small, receiver)
 
@@ -78,18 +82,16 @@ def submitted(client: Client, house: House, key: str) -> list[str]:
     """As often as it must be sent: the key makes it one job."""
     ids = []
     for seed in range(JOBS):
-        fields = body(seed)
-        workflow = fields.pop("workflow")
-        ask = {"workflow": workflow, "input": fields, "webhook_url": house.receiver.url, "idempotency_key": f"{key}-{seed}"}
-        ids.append(patiently(lambda ask=ask: client.jobs.submit(**ask)).id)
+        ask = partial(client.jobs.submit, webhook_url=house.receiver.url, idempotency_key=f"{key}-{seed}", **body(seed))
+        ids.append(patiently(ask).id)
     return ids
 
 
 def until_drawing(client: Client, ids: list[str]) -> None:
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
-        jobs = [patiently(lambda id=id: client.jobs.get(id)) for id in ids]
-        if any(job.status == "running" and job.progress.step >= 1 for job in jobs) or all(job.status == "succeeded" for job in jobs):
+        jobs = [patiently(partial(client.jobs.get, id)) for id in ids]
+        if any(job.status == "running" and job.progress is not None for job in jobs) or all(job.status == "succeeded" for job in jobs):
             return
         time.sleep(0.05)
     raise AssertionError("no job began to be drawn")
@@ -98,7 +100,7 @@ def until_drawing(client: Client, ids: list[str]) -> None:
 def ended(client: Client, ids: list[str]) -> list[Any]:
     until = time.monotonic() + SECONDS
     while True:
-        jobs = [patiently(lambda id=id: client.jobs.get(id)) for id in ids]
+        jobs = [patiently(partial(client.jobs.get, id)) for id in ids]
         if all(job.status in ("succeeded", "failed", "canceled", "moderated") for job in jobs):
             return jobs
         assert time.monotonic() < until, [(job.status, job.progress) for job in jobs]
@@ -122,9 +124,9 @@ def test_no_job_is_lost_and_none_is_done_twice(house: House, name: str, round: i
         for job in jobs:
             assert job.status == "succeeded", (job.status, job.error)
             (picture,) = job.result.data
-            content = patiently(lambda picture=picture: client.jobs.artifact(picture.url))
+            content = patiently(partial(client.jobs.artifact, picture.artifact))
             assert decode(content).shape == (96, 96, 3)
-            kinds = Counter(event.kind for event in patiently(lambda id=job.id: list(client.jobs.events(id))))
+            kinds = Counter(event.kind for event in patiently(partial(events_of, client, job.id)))
             assert kinds["succeeded"] == 1 and kinds["failed"] == 0, kinds
         told = told_of(house.receiver, ids)
         for id in ids:
@@ -133,6 +135,10 @@ def test_no_job_is_lost_and_none_is_done_twice(house: House, name: str, round: i
             sent = {body for name, body in house.receiver.got if name == message}
             assert len(sent) == 1, "a webhook was sent again with another body"
             assert json.loads(sent.pop())["status"] == "succeeded"
+
+
+def events_of(client: Client, id: str) -> list[JobEvent]:
+    return list(client.jobs.events(id))
 
 
 def told_of(receiver: Receiver, ids: list[str]) -> dict[str, set[str]]:
