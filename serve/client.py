@@ -34,8 +34,8 @@ _GENERATE, _ANALYZE, _COMPARE = "/v1/generate", "/v1/faces/analyze", "/v1/faces/
 
 
 class Client:
-    """The synchronous client. transport: any of httpx's, an asynchronous one (httpx.ASGITransport) too. key: an API key (`lk_...`); by default
-    that of $LIKENESS_KEY, where there is one."""
+    """The synchronous client. transport: any of httpx's, an asynchronous one (httpx.ASGITransport) too. key: an API key (`lk_...`); by
+    default that of $LIKENESS_KEY, where there is one."""
 
     def __init__(
         self,

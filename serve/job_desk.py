@@ -181,10 +181,6 @@ class JobDesk:
                 told = time.monotonic()
             await asyncio.sleep(_pause(time.monotonic() - told))
 
-    def depth(self) -> Mapping[str, tuple[int, float]]:
-        """By pool: how many jobs wait, and for how many seconds the oldest of them has. Asks the store in the caller's own thread."""
-        return self._store.depth()
-
     def close(self) -> None:
         self._threads.shutdown(wait=False)
 

@@ -22,6 +22,7 @@ from deployments import metrics
 _LOG = logging.getLogger("likeness.metrics")
 # A page without the queues in time is worth more than one with them too late: Prometheus waits ten seconds by default.
 _PATIENCE_S = 2.0
+_OURS = ("likeness_", "python_", "process_")
 
 Depth = Mapping[str, tuple[int, float]]
 """pool -> how many wait, and for how many seconds the oldest."""
@@ -44,14 +45,17 @@ class _Queues(Collector):
 
 
 class _Together(Collector):
-    """Several collectors as one."""
+    """Several collectors as one, of Likeness' own figures and those of the process that shows them.
+
+    Ray's processes inherit the folder, and those of them that use prometheus_client count into it as well.
+    """
 
     def __init__(self, *parts: Collector) -> None:
         self._parts = parts
 
     def collect(self) -> Iterable[Metric]:
         for part in self._parts:
-            yield from part.collect()
+            yield from (metric for metric in part.collect() if metric.name.startswith(_OURS))
 
 
 def page(accept: str = "", depth: Depth | None = None) -> tuple[bytes, str]:

@@ -97,7 +97,7 @@ class Postgres:
         self.start()
 
     def _run(self, program: str, *arguments: str) -> None:
-        command = [self.programs / program, "-D", self.folder / "data", *arguments]
+        command: list[str | Path] = [self.programs / program, "-D", self.folder / "data", *arguments]
         subprocess.run(command, user=self.user, check=True, capture_output=True, cwd=self.folder)
 
 

@@ -41,7 +41,7 @@ class ArtifactStore:
     disk), and ValueError for what is no key."""
 
     def __init__(self, url: str) -> None:
-        """url: an absolute path, `file:///path`, `s3://bucket/folder`, `memory://folder` (of this process). Opens nothing yet. Raises
+        """url: an absolute path, `file://` and one, `s3://bucket/folder`, `memory://folder` (of this process). Opens nothing yet. Raises
         StoreUnavailable for a relative path, and for a protocol that is unknown or not installed."""
         # A secret may stand before the @.
         self._shown = re.sub(r"//[^/@]*@", "//***@", url)

@@ -36,11 +36,12 @@ def remember(folder: Path) -> None:
 def _move(arriving: Path, target: Path) -> None:
     for left in reversed(range(_TRIES)):
         made = not target.parent.is_dir()
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(arriving, target)
             break
-        except FileNotFoundError:
+        # mkdir raises the second where the folder that was in its way is gone when it looks what that was.
+        except (FileNotFoundError, FileExistsError):
             if not left:
                 raise
     remember(target.parent)

@@ -34,7 +34,9 @@ def test_every_class_has_one_sentence_advice_and_an_error_status(kind: type[Like
     assert kind.__doc__ is not None and kind.__doc__.split("\n\n")[0].rstrip().endswith(".")
     assert kind.advice.endswith(".")
     assert 400 <= kind.status < 600
-    assert (kind.status < 500) == (issubclass(kind, RequestRefused) or kind.code in ("queue_full", "rate_limited", "quota_exceeded", "canceled"))
+    assert (kind.status < 500) == (
+        issubclass(kind, RequestRefused) or kind.code in ("queue_full", "rate_limited", "quota_exceeded", "canceled")
+    )
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -109,7 +109,9 @@ FORM = "multipart/form-data; boundary=zz"
 )
 def test_a_form_that_cannot_be_meant_is_refused(http: httpx.Client, scribe: Scribe, request_: dict[str, Any], says: str) -> None:
     answer = http.post("/v1/generate", **request_)
-    assert (answer.status_code, answer.json()["code"]) == ((413, "too_large") if says == "larger" else (422, "invalid_request")), answer.text
+    assert (answer.status_code, answer.json()["code"]) == ((413, "too_large") if says == "larger" else (422, "invalid_request")), (
+        answer.text
+    )
     assert says in answer.json()["detail"] and answer.json()["remedy"]
     assert not scribe.asked
 

@@ -135,7 +135,9 @@ ENCODED = base64.b64encode(KOHYA).decode()
 )
 def test_an_upload_that_cannot_be_meant_is_refused(http: httpx.Client, tmp_path: Path, request_: dict[str, Any], says: str) -> None:
     answer = http.post("/v1/loras", **request_)
-    assert (answer.status_code, answer.json()["code"]) == ((413, "too_large") if "larger" in says else (422, "invalid_request")), answer.text
+    assert (answer.status_code, answer.json()["code"]) == ((413, "too_large") if "larger" in says else (422, "invalid_request")), (
+        answer.text
+    )
     assert says in answer.json()["detail"] and answer.json()["remedy"] and len(answer.text) < 5000
     assert kept(tmp_path / "files") == []
 

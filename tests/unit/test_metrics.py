@@ -93,6 +93,16 @@ metrics.prompt_cache().tell({'memory': 1}); metrics.lora_cache().tell({'hit': 1}
     assert kinds == {"counter", "histogram"}
 
 
+def test_what_others_count_into_the_folder_is_not_shown(node: Path) -> None:
+    """Ray's own processes inherit it."""
+    theirs = "from prometheus_client import Gauge\nGauge('ray_component_cpu_percentage', 'Of Ray.').set(7)\nmetrics.failed('queue_full')"
+    (process,) = in_processes(node, theirs)
+    process.communicate()
+    shown = page()[0].decode()
+    assert any(file.name.startswith("gauge") for file in node.iterdir())
+    assert value("likeness_errors_total", shown, code="queue_full") == 1 and "ray_" not in shown
+
+
 def test_a_new_server_begins_at_zero(node: Path) -> None:
     (process,) = in_processes(node, "metrics.failed('queue_full')")
     process.communicate()
