@@ -47,9 +47,12 @@ test: check ## check, then every test that needs neither a GPU nor patience
 
 prove: export HF_HUB_OFFLINE := 1
 prove: check ## the full bars: every test without a GPU, the benchmarks (docs/main_job.md), the evaluation (models/mini/CARD.md)
-	$(BIN)/python -m pytest -m "not gpu"
+	LIKENESS_CHAOS_ROUNDS=5 $(BIN)/python -m pytest -m "not gpu"
 	$(BIN)/python benchmarks/serve_overhead.py --write docs/serve_overhead.md
 	$(BIN)/python benchmarks/main_job.py --write docs/main_job.md
+	$(BIN)/python -m benchmarks.job_overhead --write docs/job_overhead.md
+	$(BIN)/python -m benchmarks.job_races --write docs/job_races.md
+	$(BIN)/python -m benchmarks.overload --write docs/overload.md
 	$(BIN)/python -m training.mini.evaluate
 
 mini: install ## train the embedded models anew (one GPU, MINUTES=45), pin and measure them
