@@ -25,7 +25,7 @@ from deployments.contracts import RGB, Face, Floats, PictureFaces
 from deployments.identity.blending import SAME_PERSON_FROM, frontality, quality, sharpness
 from deployments.store.character_values import Judgement, Notice, PictureFacts, PictureFormat, Reason, Verdict
 
-_BLURRED: Final = 25.0
+BLURRED: Final = 25.0
 """Sharpness below which a picture is set aside: a quarter of what counts as half sharp (blending.py). Mini's references have 155 to 850;
 halved and enlarged again about 70, after a Gaussian blur of 2 pixels 5."""
 _LOW_QUALITY: Final = 0.15
@@ -70,11 +70,11 @@ def measured(data: bytes, picture: RGB, found: PictureFaces) -> PictureFacts:
         width=found.size[0],
         height=found.size[1],
         faces=len(found.faces),
-        compression=_compression(picture, tables),
+        compression=compression(picture, tables),
     )
     if not found.faces:
         return facts
-    facts = _of_face(facts, found.faces[0])
+    facts = of_face(facts, found.faces[0])
     # A picture of several people is not used: nothing of theirs is kept beside it.
     return facts if len(found.faces) == 1 else replace(facts, embedding=None, judge_embedding=None)
 
@@ -115,6 +115,18 @@ def vector(packed: bytes) -> Floats:
     return np.frombuffer(packed, "<f4").astype(np.float32)
 
 
+def grouped(embeddings: Floats, same_person: float = SAME_PERSON_FROM) -> list[list[int]]:
+    """[n, 512] of the conditioning recogniser, raw or not -> the rows by whom they show: those that are alike on average (average linkage),
+    at `same_person` or more. No single pair decides: a dark profile is like the others together, and two people are not one because one
+    picture of each looks alike."""
+    if len(embeddings) < 2:
+        return [[row] for row in range(len(embeddings))]
+    units = _unit(embeddings)
+    apart = np.maximum(1 - units @ units.T, 0)[np.triu_indices(len(units), 1)]
+    labels = fcluster(linkage(apart, "average"), 1 - same_person, "distance")
+    return [[row for row, label in enumerate(labels) if label == wanted] for wanted in sorted(set(labels))]
+
+
 def jpeg_quality(table: Sequence[int]) -> int:
     """1..100: the quality at which libjpeg's table of luminance is as coarse as this one. It scales table K.1 by 5000 / q % below 50, by
     200 - 2 q % from there on (libjpeg, jcparam.c, jpeg_quality_scaling). An encoder's own tables are placed among those by their sum."""
@@ -130,7 +142,7 @@ def blockiness(picture: RGB) -> float:
     return max(0.0, min(_blocks_along(grey), _blocks_along(grey.T)))
 
 
-def _compression(picture: RGB, tables: Any) -> float:
+def compression(picture: RGB, tables: Any) -> float:
     """0..1: 1 - quality / 100 of a JPEG, or what the blocks in the pixels tell, whichever is more."""
     blocks = min(max((blockiness(picture) - _BLOCKS_FROM) / _BLOCKS_RANGE, 0.0), _WORST)
     coarse = 1 - jpeg_quality(tables[0]) / 100 if isinstance(tables, dict) and 0 in tables else 0.0
@@ -152,7 +164,8 @@ def _blocks_along(grey: Floats) -> float:
     return float(means.max() / max(float(np.median(means)), 0.5) - 1)
 
 
-def _of_face(facts: PictureFacts, face: Face) -> PictureFacts:
+def of_face(facts: PictureFacts, face: Face) -> PictureFacts:
+    """The picture's facts with those of one of its faces, which needs embedding, judge and aligned."""
     if face.embedding is None or face.judge_embedding is None or face.aligned is None:
         raise ValueError("A face is measured by its embeddings and its crop: analyse it with the needs embedding, judge and aligned.")
     front = float(frontality(face.landmarks))
@@ -196,18 +209,14 @@ def _fault(facts: PictureFacts, smallest_px: float) -> Reason | None:
         return "several_faces"
     if facts.size < smallest_px:
         return "too_small"
-    return "blurred" if facts.sharpness < _BLURRED else None
+    return "blurred" if facts.sharpness < BLURRED else None
 
 
 def _people(pictures: Sequence[PictureFacts], places: Sequence[int], best: int | None) -> list[list[int]]:
-    """The places by whom they show, the person meant first: those that are alike on average (average linkage). No single pair decides: a
-    dark profile is like the others together, and two people are not one because one picture of each looks alike."""
-    if len(places) < 2:
-        return [list(places)] if places else []
-    units = _unit(_stacked([pictures[place].embedding for place in places]))
-    apart = np.maximum(1 - units @ units.T, 0)[np.triu_indices(len(places), 1)]
-    labels = fcluster(linkage(apart, "average"), 1 - SAME_PERSON_FROM, "distance")
-    groups = [[place for place, label in zip(places, labels, strict=True) if label == wanted] for wanted in sorted(set(labels))]
+    """The places by whom they show, the person meant first."""
+    if not places:
+        return []
+    groups = [[places[row] for row in group] for group in grouped(_stacked([pictures[place].embedding for place in places]))]
 
     def worth(group: list[int]) -> tuple[bool, int, float]:
         return best in group, len(group), max(pictures[place].quality for place in group)

@@ -220,7 +220,10 @@ class Unauthenticated(RequestRefused):
 
     code = "unauthenticated"
     status = 401
-    advice = "Send the header `Authorization: Bearer <key>`, with a key that `likeness keys create` made."
+    advice = (
+        "Send the header `Authorization: Bearer <key>`, with a key that `likeness keys create` made. "
+        "The command line and the SDK send the one in $LIKENESS_KEY."
+    )
 
 
 class Forbidden(RequestRefused):

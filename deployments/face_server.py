@@ -20,6 +20,7 @@ from deployments.store.character_values import PictureFacts
 
 if TYPE_CHECKING:
     from deployments.curation import Curated
+    from deployments.faces.analysis import FaceAnalyser
     from deployments.faces.comparison import Likeness
 
 
@@ -35,28 +36,36 @@ class FaceSettings(BaseModel):
     threads: int = Field(default=1, ge=1)
 
 
+def face_analyser(settings: FaceSettings, limits: Limits = DEFAULT_LIMITS) -> FaceAnalyser:
+    """The models that the settings name, opened in this process. limits: of the pictures that are opened by it.
+
+    Raises UnknownModel, LicenseRefused, MissingWeights, DamagedWeights, ProviderUnavailable.
+    """
+    from deployments.faces.analysis import FaceAnalyser
+
+    catalog = load_catalog()
+    entries = [catalog.entry(name) for name in (settings.faces, settings.judge, settings.parser)]
+    for entry in entries:
+        refuse_licence(entry, license_policy())
+    faces, judge, parser = entries
+    options: dict[str, Any] = dict(faces.options)
+    return FaceAnalyser(
+        faces.located("models"),
+        judge.located("model"),
+        parser.located("model"),
+        det_size=tuple(options["det_size"]),
+        provider=settings.provider,
+        threads=settings.threads,
+        limits=limits,
+        **({"smallest_px": float(options["smallest_px"])} if "smallest_px" in options else {}),
+    )
+
+
 class FaceServer:
     def __init__(self, settings: FaceSettings, limits: Limits = DEFAULT_LIMITS) -> None:
         """limits: of the pictures that are opened here."""
-        from deployments.faces.analysis import FaceAnalyser
-
-        catalog = load_catalog()
-        entries = [catalog.entry(name) for name in (settings.faces, settings.judge, settings.parser)]
-        for entry in entries:
-            refuse_licence(entry, license_policy())
-        faces, judge, parser = entries
         self._settings, self._limits = settings, limits
-        options: dict[str, Any] = dict(faces.options)
-        self._analyser = FaceAnalyser(
-            faces.located("models"),
-            judge.located("model"),
-            parser.located("model"),
-            det_size=tuple(options["det_size"]),
-            provider=settings.provider,
-            threads=settings.threads,
-            limits=limits,
-            **({"smallest_px": float(options["smallest_px"])} if "smallest_px" in options else {}),
-        )
+        self._analyser = face_analyser(settings, limits)
 
     def analyze(self, pictures: Sequence[bytes], need: Sequence[Need] = ()) -> tuple[PictureFaces, ...]:
         """Every face of every picture; see FaceAnalyser.analyse."""

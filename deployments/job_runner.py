@@ -184,7 +184,7 @@ class Runner:
         self._endings: set[asyncio.Task[None]] = set()
         self._rests_until: dict[str, float] = {}
         self._stopping = False
-        self._beaten = time.monotonic()
+        self._beaten, self._told = time.monotonic(), False
         # Of its own: a database that does not answer holds every thread that asks it.
         self._threads = ThreadPoolExecutor(4 + 2 * sum(settings.slots.values()), "jobs")
         self._taking = Loop("taking jobs", self._take, settings.poll_s)
@@ -200,6 +200,7 @@ class Runner:
 
     def wake(self) -> None:
         """There may be something to take, or to stop."""
+        self._told = True
         self._taking.wake()
         self._checking.wake()
 
@@ -223,7 +224,8 @@ class Runner:
     async def _take(self) -> None:
         settings = self._settings
         while pools := self._with_room():
-            lease = await self._call(self._store.lease, self.name, pools, settings.lease_s, settings.slots)
+            told, self._told = self._told, False
+            lease = await self._call(self._store.lease, self.name, pools, settings.lease_s, settings.slots, told=told)
             if lease is None:
                 return
             self._begin(lease)

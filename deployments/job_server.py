@@ -46,7 +46,8 @@ class JobServer:
         self._body = body
         self._sender = Sender(self._store.outbox, self._body_of, guard, settings.webhooks)
         self._posting = Loop("webhooks", self._sender.turn, settings.poll_s)
-        executors = {"generate": partial(generate, workflows, self._store)}
+        # Half as often as progress is written down: what is told is never much older than that.
+        executors = {"generate": partial(generate, workflows, self._store, every_s=settings.progress_s / 2)}
         self._runner = Runner(self._store, executors, settings, problems, ended=self._ended)
         self._patient_until, self._patience_s = time.monotonic(), _BEATS * settings.heartbeat_s
         expire = partial(asyncio.to_thread, self._store.expire)
@@ -89,10 +90,14 @@ class JobServer:
         if time.monotonic() < self._patient_until:
             return
         try:
-            await asyncio.to_thread(self._store.reap)
+            found = await asyncio.to_thread(self._store.reap)
         except StoreUnavailable:
             self._patient_until = time.monotonic() + self._patience_s
             raise
+        for job in found:
+            self._ended(job)
+        if found:
+            self._runner.wake()
 
     def _body_of(self, job: str, owner: str) -> bytes | None:
         try:
@@ -106,11 +111,14 @@ def count_ended(job: JobInfo) -> None:
     metrics.job_ended(job.kind, job.workflow or "", job.status, job.timings.get("total", 0.0))
 
 
-async def generate(workflows: Any, store: JobStore, lease: Lease, report: Report) -> Finished:
-    """The executor of `generate`: the pictures of a workflow. workflows: the handle of serve.workflows.Workflows."""
+async def generate(workflows: Any, store: JobStore, lease: Lease, report: Report, *, every_s: float = 0.0) -> Finished:
+    """The executor of `generate`: the pictures of a workflow. workflows: the handle of serve.workflows.Workflows. every_s: between two
+    steps that are reported; each is a message through the cluster, while the picture is being drawn."""
     job = lease.job
+    # A body of `POST /v1/generate` names its workflow itself.
+    workflow = job.workflow if "workflow" not in job.input else None
     body = joined(job.input, await asyncio.to_thread(store.pictures, lease))
-    stream = workflows.options(stream=True).watched.remote(job.workflow, body, job.owner, _PREVIEWS if job.previews else 0)
+    stream = workflows.options(stream=True).watched.remote(workflow, body, job.owner, _PREVIEWS if job.previews else 0, every_s)
     answer: Any = None
     try:
         async for event in stream:

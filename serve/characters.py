@@ -175,7 +175,8 @@ def add_character_routes(app: FastAPI, desk: CharacterDesk, max_body_bytes: int,
         return CharacterItem.of(await desk.update(id, owner, body.name, body.best, automatic))
 
     async def delete(id: str, request: Request) -> CharacterDeleted:
-        """Delete a character: its pictures, its embeddings, and its ties to LoRAs."""
+        """Delete a character: its pictures, its embeddings, and its ties to LoRAs. What was drawn of it stays with the jobs that drew it,
+        until they are deleted or expire; jobs that still wait for it fail."""
         await desk.delete(id, whose(request))
         return CharacterDeleted(id=id)
 

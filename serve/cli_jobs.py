@@ -32,7 +32,8 @@ prints an id. Then
 
     likeness jobs fetch ID      its pictures, a contact sheet and the scores
 
-A job needs a server (`likeness serve`), because it outlives the command that made it."""
+A job needs a server (`likeness serve`), because it outlives the command that made it. Where the server wants an API key, set
+$LIKENESS_KEY."""
 jobs = typer.Typer(help=_HELP, no_args_is_help=True)
 
 Server = Annotated[str, typer.Option("--server", envvar="LIKENESS_SERVER", help="Address of a server.")]

@@ -25,7 +25,8 @@ _HELP = f"""API keys: who may use a server, and for what.
 
     likeness keys create "Ada's laptop" --scope generate --scope loras
 
-prints the key, once: only its hash is kept. Whoever calls sends it as `Authorization: Bearer lk_...`.
+prints the key, once: only its hash is kept. Whoever calls sends it as `Authorization: Bearer lk_...`; the
+command line and the SDK do, once it stands in $LIKENESS_KEY.
 
 Scopes: {", ".join(SCOPES)}. LoRAs, characters and jobs belong to the owner of the key; other owners' are not there for it. Keys are made in
 the store that the server has: the one of this machine ($LIKENESS_STORE), or --store with the URL that its settings name."""
@@ -71,7 +72,7 @@ def create(
         return
     OUT.print(key, markup=False)
     ERR.print(f"{info.name}: {', '.join(sorted(info.scopes))}; owner {info.owner}; ends {_time(info.expires_at) or 'never'}.", markup=False)
-    ERR.print("It is not shown again. Send it as the header `Authorization: Bearer <key>`.", markup=False)
+    ERR.print("It is not shown again. Send it as the header `Authorization: Bearer <key>`, or set $LIKENESS_KEY.", markup=False)
 
 
 @keys.command("list")

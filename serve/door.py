@@ -11,10 +11,11 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -97,6 +98,8 @@ class Door:
                 scope = await self._admit(visit, answer, until_answered)
                 await self._app(scope, body, answer)
         except Exception as error:
+            if answer.cut:
+                return
             # The application may have made something of its own of what the body was refused with.
             told = body.refused or error
             if answer.started or not isinstance(told, LikenessError):
@@ -113,6 +116,8 @@ class Door:
         for name in _REFUSED_HEADERS:
             if name in visit.headers:
                 raise InvalidRequest(f"The header {name.decode()} is not accepted.", "Leave it out.")
+        if (coding := visit.header(b"content-encoding").strip().lower()) not in ("", "identity"):
+            raise InvalidRequest(f"The body is compressed ({ascii(coding[:20])}), and is read as it comes.", "Send it as it is.")
         if self._keyring is None:
             refuse_other_pages(visit.header(b"host"), visit.header(b"origin") if b"origin" in visit.headers else None)
         settings, info = self._policy.settings, await self._key_of(visit)
@@ -143,7 +148,8 @@ class Door:
         if len(sent) != 1 or scheme.lower() != "bearer":
             self._keyring.refuse(visit.address)
             raise Unauthenticated("The request does not bring an API key." if not sent else "The header authorization holds no API key.")
-        return await self._keyring.owner(key.strip(), visit.address)
+        visit.valid = partial(self._keyring.owner, key.strip(), visit.address)
+        return await visit.valid()
 
     def _limit(self, visit: _Visit) -> int | None:
         return None if visit.access is not None and visit.access.own_limit else self._policy.max_body_bytes
@@ -188,7 +194,8 @@ async def _refuse(visit: _Visit, answer: _Answer, error: LikenessError) -> None:
 
 
 class _Visit:
-    """What is known of one request before it is let in. caller: None until it is known who asks."""
+    """What is known of one request before it is let in. caller: None until it is known who asks. valid: looks again at the key that it
+    brought; raises Unauthenticated."""
 
     def __init__(self, scope: Scope, workflows: frozenset[str]) -> None:
         self.scope, self.method = scope, scope["method"] if scope["method"] in _METHODS else "?"
@@ -202,6 +209,7 @@ class _Visit:
         self.request = said if _REQUEST_ID.fullmatch(said) else f"req_{secrets.token_hex(12)}"
         self.has_body = b"transfer-encoding" in self.headers or self.header(b"content-length") not in ("", "0")
         self.caller: Caller | None = None
+        self.valid: Callable[[], Awaitable[KeyInfo]] | None = None
 
     def all(self, name: bytes) -> list[str]:
         return [value.decode("latin-1") for header, value in self.scope["headers"] if header == name]
@@ -223,14 +231,14 @@ class _Visit:
 class _Answer:
     """The way back: adds the headers of every answer, and knows what was said. status: 0 until then. location: the header of that name.
 
-    status_only: of the body nothing goes out but whether the status is a good one.
+    status_only: of the body nothing goes out but whether the status is a good one. cut: whether it was ended because its key was.
     """
 
     def __init__(self, send: Send, visit: _Visit, body: Body, echo: bool) -> None:
         self._send, self._visit, self._body, self._echo = send, visit, body, echo
         self._refusing = False
         self.status, self.location = 0, ""
-        self.status_only = False
+        self.status_only = self.cut = False
 
     @property
     def started(self) -> bool:
@@ -240,6 +248,7 @@ class _Answer:
         if self._body.refused is not None and not self.started and not self._refusing:
             return  # the application speaks of an error that is not its own
         if message["type"] != "http.response.start":
+            await self._go_on(message)
             if not self.status_only:
                 await self._send(message)
             return
@@ -248,6 +257,21 @@ class _Answer:
             await self._say_status(self.status)
             return
         await self._send({**message, "headers": self._headers(message.get("headers", ()))})
+
+    async def _go_on(self, message: Message) -> None:
+        """An answer that flows ends with the key that opened it, in order: who reads it may come again, with another one. Raises OSError
+        then, as a server does where the client has gone."""
+        if not self.cut and message.get("more_body") and self._visit.valid is not None:
+            try:
+                await self._visit.valid()
+            except StoreUnavailable:  # it was valid when it came
+                pass
+            except LikenessError as error:
+                _LOG.info("request %s is cut off: %s", self._visit.request, error)
+                self.cut = True
+                await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        if self.cut:
+            raise OSError("The answer is over.")
 
     async def instead(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
         """A whole answer in place of the application's."""

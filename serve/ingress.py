@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -30,6 +31,7 @@ from serve.job_desk import JobDesk
 from serve.jobs import add_job_routes, owner_by_caller
 from serve.loras import LoraCalls, add_lora_routes
 from serve.metrics_page import add_metrics_route
+from serve.openapi import Application
 from serve.presets import Preset, load_presets
 from serve.problem import MEDIA_TYPE, Problem, once, problem_of
 from serve.readiness import Readiness, add_ready_route, in_one_process
@@ -105,8 +107,11 @@ def api(
 ) -> FastAPI:
     """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; more is refused while it is read. owner_of: whose
     things a request is about; raises where nobody's. jobs, characters: without them their routes are not there."""
-    app = FastAPI(title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None)
-    for kind in (LikenessError, HTTPException, Exception):
+    # No redirects: where to is taken from the header Host, which is whatever a caller says.
+    app = Application(
+        title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None, redirect_slashes=False
+    )
+    for kind in (LikenessError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _answer)
 
     async def body(request: Request) -> dict[str, Any]:
@@ -282,6 +287,8 @@ def told(error: BaseException) -> LikenessError:
         error = cause
     if isinstance(error, LikenessError):
         return error
+    if isinstance(error, RequestValidationError):
+        return _misread(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "BackPressureError" in kinds:
         return QueueFull("As many requests wait as may wait.")
@@ -291,3 +298,10 @@ def told(error: BaseException) -> LikenessError:
         return Cancelled("The request was cancelled.")
     _LOG.error("an unexpected error", exc_info=error)
     return LikenessError(f"An unexpected {type(error).__name__}.")
+
+
+def _misread(error: RequestValidationError) -> InvalidRequest:
+    """A parameter of the address that is not what its route says it is."""
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return InvalidRequest(f"`{name}`: {first['msg']}.", None, {"param": name})

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -19,8 +20,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments import metrics
-from deployments.errors import JobNotFound, StoreUnavailable
-from deployments.images import DEFAULT_LIMITS, Limits, from_text
+from deployments.errors import JobNotFound, LikenessError, StoreUnavailable
+from deployments.images import DEFAULT_LIMITS, Limits, from_text, refuse_by_header
 from deployments.job_runner import JobSettings
 from deployments.job_server import count_ended
 from deployments.store.job_values import PRIORITIES, TERMINAL, URL_CHARACTERS, ArtifactInfo, JobInfo, NewJob, Status
@@ -94,13 +95,19 @@ class JobDesk:
         and QuotaExceeded."""
         if wanted.webhook_url is not None:
             self._guard.check(wanted.webhook_url)
+        new = NewJob(
+            kind=wanted.kind, pool=POOLS[wanted.kind], workflow=_workflow(wanted), priority=PRIORITIES[wanted.priority],
+            webhook_url=wanted.webhook_url, idempotency_key=key, previews=wanted.previews,
+        )  # fmt: skip
+        if key is not None:
+            # Before anything is looked at: of what it names, some may be gone, and an address may hold another picture by now.
+            new = replace(new, asked=await self._call(asked, wanted.input, self._limits))
+            if (known := await self._call(self._store.known, owner, new)) is not None:
+                return await self._item(known), False
         body = wanted.input if self._fetch is None else await self._fetch(wanted.input)
         await self._check(wanted.workflow, body, owner)
         input, pictures = await self._call(parted, body, self._limits)
-        new = NewJob(
-            kind=wanted.kind, pool=POOLS[wanted.kind], workflow=wanted.workflow, input=input, pictures=pictures,
-            priority=PRIORITIES[wanted.priority], webhook_url=wanted.webhook_url, idempotency_key=key, previews=wanted.previews,
-        )  # fmt: skip
+        new = replace(new, input=input, pictures=pictures)
         allowed = quota if quota is not None else self._settings.quota
         info, made = await self._call(self._store.submit, owner, new, allowed, self._settings.room)
         if made:
@@ -229,11 +236,30 @@ def parted(body: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> tuple[di
 
     def taken(text: str, place: str) -> str:
         pictures[place] = from_text(text, limits)
+        refuse_by_header(pictures[place], limits)  # or what is no picture at all would lie in the store until its job fails
         return f"sha256:{hashlib.sha256(pictures[place]).hexdigest()}"
+
+    return _swapped(body, taken), pictures
+
+
+def asked(body: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """A body as it was sent, the sha256 in place of each picture, however that was spelt. Addresses of pictures stay."""
+
+    def told(text: str, place: str) -> str:
+        try:
+            return f"sha256:{hashlib.sha256(from_text(text, limits)).hexdigest()}"
+        except LikenessError:  # an address, or what the check will refuse
+            return text
+
+    return _swapped(body, told)
+
+
+def _swapped(body: Mapping[str, Any], swap: Callable[[str, str], str]) -> dict[str, Any]:
+    """swap: (picture as text, its place) -> what stands there instead."""
 
     def left(value: Any, place: str, picture: bool) -> Any:
         if isinstance(value, str) and picture:
-            return taken(value, place)
+            return swap(value, place)
         if isinstance(value, list):
             return [left(item, f"{place}/{index}", picture) for index, item in enumerate(value)]
         if isinstance(value, dict):
@@ -244,7 +270,14 @@ def parted(body: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> tuple[di
             }
         return value
 
-    return left(dict(body), "", False), pictures
+    found: dict[str, Any] = left(dict(body), "", False)
+    return found
+
+
+def _workflow(wanted: JobRequest) -> str | None:
+    """By which a job is found again; a body of `POST /v1/generate` names it inside."""
+    named = wanted.workflow if wanted.workflow is not None else wanted.input.get("workflow")
+    return named if isinstance(named, str) else None
 
 
 def _pause(passed_s: float) -> float:

@@ -183,7 +183,7 @@ class AppSettings(_Strict):
     """
 
     base: str = "flux1-mini"
-    methods: tuple[str, ...] = ("pulid-mini", "xlabs-ip-adapter-mini")
+    methods: tuple[str, ...] = ("pulid-mini", "xlabs-ip-adapter-mini", "instantx-ip-adapter-mini")
     controlnets: tuple[str, ...] = ("flux1-mini-controlnet-union",)
     faces: FacePool = FacePool()
     controls: ControlPool = ControlPool()

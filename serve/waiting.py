@@ -58,8 +58,11 @@ def preference(request: Request) -> int | None:
 
 
 def idempotency_key(request: Request) -> str | None:
-    """Raises InvalidRequest for a key that is too long or not printable."""
-    key = request.headers.get("idempotency-key")
+    """Raises InvalidRequest for a key that is too long or not printable, and for two of them."""
+    given = request.headers.getlist("idempotency-key")
+    if len(given) > 1:
+        raise InvalidRequest("The header Idempotency-Key is given twice.", "Send it once.")
+    key = given[0] if given else None
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidRequest(
             "The header Idempotency-Key is empty, too long or not printable.", f"Send 1 to {KEY_CHARACTERS} printable ASCII characters."

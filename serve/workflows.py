@@ -13,7 +13,8 @@ come here (see serve/drawing.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -87,16 +88,18 @@ class Workflows:
             return await self._drawing.draw(await self._decided(workflow, body, owner))
 
     async def watched(
-        self, workflow: str | None, body: Mapping[str, Any], owner: str = EVERYBODY, previews: int = 0
+        self, workflow: str | None, body: Mapping[str, Any], owner: str = EVERYBODY, previews: int = 0, every_s: float = 0.0
     ) -> AsyncIterator[PictureProgress | GenerateResponse]:
-        """As generate, telling of every step meanwhile; the last one is the answer. Whoever leaves earlier stops the drawing.
+        """As generate, telling of the steps meanwhile; the last one is the answer. Whoever leaves earlier stops the drawing.
 
-        previews: how many of a picture's steps bring a small picture along.
+        previews: how many of a picture's steps bring a small picture along. every_s: so long after one step was told no other is, unless
+        it brings one.
         """
         events: asyncio.Queue[PictureProgress | None] = asyncio.Queue()
+        tell = Thinned(events.put_nowait, every_s)
         with self._admitted():
             asked = await self._decided(workflow, body, owner)
-            drawing = asyncio.create_task(self._drawing.draw(asked, events.put_nowait, previews))
+            drawing = asyncio.create_task(self._drawing.draw(asked, tell, previews))
             drawing.add_done_callback(lambda _: events.put_nowait(None))
             try:
                 while (event := await events.get()) is not None:
@@ -198,6 +201,19 @@ class Workflows:
     async def prompt_stats(self) -> dict[str, int]:
         """How often prompts were found, and how often encoded (see PromptServer.stats)."""
         return cast(dict[str, int], await self._prompts.stats.remote())
+
+
+class Thinned:
+    """Passes on steps that come at least so long after the one before, the first so long after the beginning; and every small picture."""
+
+    def __init__(self, tell: Callable[[PictureProgress], object], every_s: float) -> None:
+        self._tell, self._every_s, self._told = tell, every_s, time.monotonic()
+
+    def __call__(self, event: PictureProgress) -> None:
+        now = time.monotonic()
+        if event.preview is not None or now - self._told >= self._every_s:
+            self._told = now
+            self._tell(event)
 
 
 def _parsed(kind: type[_Body], body: Mapping[str, Any]) -> _Body:

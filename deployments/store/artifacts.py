@@ -18,7 +18,7 @@ from uuid import uuid4
 import fsspec
 
 from deployments.errors import StoreUnavailable
-from deployments.store.durable import placed
+from deployments.store.durable import renamed_first
 
 _KEY = re.compile(r"(?:[a-z0-9_]+/)*[a-z0-9_]+(?:\.[a-z0-9]+)?")
 _KEY_SHOWN = 80
@@ -48,7 +48,8 @@ class ArtifactStore:
         self._place = self._opened(url)
 
     def put(self, key: str, content: bytes) -> None:
-        """Keeps the content under a key, in place of what is there. Where it fails, nothing is left of it."""
+        """Keeps the content under a key, in place of what is there. Where it fails, nothing is left of it; where the power does, perhaps
+        a part."""
         with self._reached("written"):
             self._place.put(_checked(key), content)
 
@@ -110,7 +111,8 @@ class _Folder:
         self._root, self._arriving = root, root / ".arriving"
 
     def put(self, key: str, content: bytes) -> None:
-        placed(self._arriving / uuid4().hex, content, self._root / key)
+        # Whoever stores a file tells nobody its key before it is there.
+        renamed_first(self._arriving / uuid4().hex, content, self._root / key)
 
     def get(self, key: str) -> bytes:
         return (self._root / key).read_bytes()

@@ -37,7 +37,7 @@ from deployments.store.character_values import (
     Judgement,
     NewPicture,
 )
-from deployments.store.engine import Database, open_engine, parsed, told
+from deployments.store.engine import Database, parsed
 from deployments.store.tables import LoraRow
 
 FOLDER = "characters"
@@ -49,8 +49,6 @@ _ID, _LORA_ID = re.compile(r"character_[0-9a-f]{24}"), re.compile(r"lora_[0-9a-f
 _ID_SHOWN = 60
 # Longer than a request takes: what lies among the arriving since then was left by a process that died.
 _ABANDONED_AFTER_S = 3_600.0
-# For readers to end; a deletion is not held up by one that does not.
-_LOG_WAIT_MS = 1_000
 _UNJUDGED: dict[str, Any] = {"best": None, "best_by_hand": False, "warnings": []}
 _UNKNOWN_RECOGNISER = {
     "code": "unknown_recogniser",
@@ -144,7 +142,7 @@ class CharacterStore:
             for picture in seen.pictures:
                 if picture.id in remove:
                     self._path(seen.id, picture).unlink(missing_ok=True)
-            self._forget()
+            self._database.forget()
         return True
 
     def delete(self, id: str, owner: str) -> tuple[str, ...]:
@@ -154,7 +152,7 @@ class CharacterStore:
             digests = tuple(session.scalars(select(CharacterPictureRow.sha256).where(CharacterPictureRow.character_id == id)))
             session.delete(row)
         self._remove(id)
-        self._forget()
+        self._database.forget()
         return digests
 
     def picture(self, id: str, picture: str, owner: str) -> tuple[bytes, str]:
@@ -217,7 +215,7 @@ class CharacterStore:
                 if not known:
                     with suppress(FileNotFoundError):
                         folder.rmdir()
-        self._forget()
+        self._database.forget()
         return removed
 
     def close(self) -> None:
@@ -285,22 +283,6 @@ class CharacterStore:
     @property
     def _on_sqlite(self) -> bool:
         return self._url.get_backend_name() == "sqlite"
-
-    def _forget(self) -> None:
-        """Empties SQLite's log, in which deleted rows still stand: outside of any transaction, hence on a connection of its own."""
-        if not self._on_sqlite:
-            return
-        engine = open_engine(self._url)
-        try:
-            with told(self._url):
-                raw = engine.raw_connection()
-                try:
-                    raw.cursor().execute(f"PRAGMA busy_timeout = {_LOG_WAIT_MS}")
-                    raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                finally:
-                    raw.close()
-        finally:
-            engine.dispose()
 
     def _remove(self, id: str) -> None:
         with _writable(self._root), suppress(FileNotFoundError):  # who sweeps may be quicker

@@ -18,9 +18,29 @@ def placed(arriving: Path, content: bytes, target: Path) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        _move(arriving, target)
+        _remember(target, _move(arriving, target))
     except BaseException:
         arriving.unlink(missing_ok=True)
+        raise
+
+
+def renamed_first(arriving: Path, content: bytes, target: Path) -> None:
+    """As `placed`, and waits for the disk once in place of twice: what writes the file out writes its new name out with it (ext4, XFS).
+
+    Until this returns a power cut may leave `target` in part: for names that nobody knows before. Raises OSError, and leaves neither.
+    """
+    arriving.parent.mkdir(parents=True, exist_ok=True)
+    moved = False
+    try:
+        with arriving.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            made = _move(arriving, target)
+            moved = True
+            os.fsync(stream.fileno())
+        _remember(target, made)
+    except BaseException:
+        (target if moved else arriving).unlink(missing_ok=True)
         raise
 
 
@@ -33,9 +53,11 @@ def remember(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _move(arriving: Path, target: Path) -> None:
+def _move(arriving: Path, target: Path) -> bool:
+    """Whether the folder was made for it."""
+    made = False
     for left in reversed(range(_TRIES)):
-        made = not target.parent.is_dir()
+        made = made or not target.parent.is_dir()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(arriving, target)
@@ -44,6 +66,10 @@ def _move(arriving: Path, target: Path) -> None:
         except (FileNotFoundError, FileExistsError):
             if not left:
                 raise
+    return made
+
+
+def _remember(target: Path, made: bool) -> None:
     remember(target.parent)
     if made:
         remember(target.parent.parent)

@@ -18,7 +18,9 @@ from deployments.errors import StoreUnavailable
 
 # A writer of SQLite waits so long for the others; each holds the file for milliseconds.
 _BUSY_TIMEOUT_S = 30.0
-_WRITING = "likeness_writing"
+# For readers to end; a deletion is not held up by one that does not.
+_LOG_WAIT_MS = 1_000
+_WRITING, _LASTING = "likeness_writing", "likeness_lasting"
 _FORMS = "Give sqlite:////absolute/path.db or postgresql://user:password@host/name."
 
 
@@ -29,7 +31,8 @@ class Database:
         """Connects to nothing yet. Raises StoreUnavailable for a URL that leads nowhere."""
         self._url = parsed(url)
         self._engine = open_engine(self._url)
-        self._writer = self._engine.execution_options(**{_WRITING: True})
+        self._writer = self._engine.execution_options(**{_WRITING: True, _LASTING: True})
+        self._noting = self._engine.execution_options(**{_WRITING: True, _LASTING: False})
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -38,17 +41,37 @@ class Database:
             yield session
 
     @contextmanager
-    def writing(self, lock: str | None = None) -> Iterator[Session]:
+    def writing(self, lock: str | None = None, *, lasting: bool = True) -> Iterator[Session]:
         """One transaction: committed at the end of the context, undone where something was raised.
+
+        lasting: whether it is on the disk when the context has ended. With SQLite one that is not gets there with the next that is; a
+        power cut before takes it back whole, and with it all that came after it. PostgreSQL's always are: its clients outlive it.
 
         lock: any name; of all processes on this database, one at a time is between here and its commit with the same name. (SQLite has
         one writer at a time, whatever the name.)
         """
-        with told(self._url), Session(self._writer) as session, session.begin():
+        with told(self._url), Session(self._writer if lasting else self._noting) as session, session.begin():
             session.connection()  # or the transaction, and with it SQLite's lock, would begin with the first statement
             if lock is not None and self._url.get_backend_name() == "postgresql":
                 session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": lock})
             yield session
+
+    def forget(self) -> None:
+        """Empties SQLite's log, in which rows that were deleted still stand. Where somebody reads for long, a later call does; PostgreSQL
+        recycles its own by itself. For after a deletion of what must not be found again."""
+        if self._url.get_backend_name() != "sqlite":
+            return
+        engine = open_engine(self._url)  # a connection of its own: outside of any transaction, and with a patience of its own
+        try:
+            with told(self._url):
+                raw = engine.raw_connection()
+                try:
+                    raw.cursor().execute(f"PRAGMA busy_timeout = {_LOG_WAIT_MS}")
+                    raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                finally:
+                    raw.close()
+        finally:
+            engine.dispose()
 
     def close(self) -> None:
         self._engine.dispose()
@@ -97,7 +120,11 @@ def _prepare_sqlite(engine: Engine, foreign_keys: bool) -> None:
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
         # A reader that turns into a writer fails at once where another wrote meanwhile; one that says so from the start waits its turn.
-        writing = connection.get_execution_options().get(_WRITING, False)
+        options = connection.get_execution_options()
+        writing, lasting = options.get(_WRITING, False), options.get(_LASTING, True)
+        if writing and connection.info.get(_LASTING, True) != lasting:  # SQLite's own default: FULL
+            connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
+            connection.info[_LASTING] = lasting
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
 

@@ -1,4 +1,5 @@
-"""The files of jobs: written before their rows, removed after them. What lies between is the sweep's. Knows no state of any job.
+"""The files of jobs: written before their rows, removed after them. What lies between is the sweep's. Knows of a job's state
+only whether it has ended.
 
 Their keys are `jobs/<job>/<artifact><suffix>`; other keys of the same store are left alone.
 """
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from deployments.errors import StoreUnavailable
 from deployments.store.artifacts import ArtifactStore
 from deployments.store.engine import Database
-from deployments.store.job_tables import ArtifactRow
+from deployments.store.job_tables import ArtifactRow, JobRow
 
 FOLDER = "jobs/"
 PLAIN = "application/octet-stream"
@@ -78,6 +79,17 @@ class JobFiles:
         for file in files:
             with suppress(StoreUnavailable):
                 self._artifacts.delete(file.key)
+
+    def forget_given(self, database: Database) -> int:
+        """Removes what came with jobs that have ended: pictures of people, which nobody needs any more. Returns how many."""
+        ended = select(ArtifactRow.id, ArtifactRow.key).join(JobRow).where(ArtifactRow.given, JobRow.finished_at.is_not(None))
+        with database.reading() as session:
+            found = session.execute(ended.limit(_AT_ONCE)).all()
+        if found:
+            with database.writing() as session:
+                session.execute(delete(ArtifactRow).where(ArtifactRow.id.in_([id for id, _ in found])))
+            self.remove(key for _, key in found)
+        return len(found)
 
     def sweep(self, database: Database) -> int:
         """Removes what dying processes left: files that no row names, and that nobody can be about to name. Returns how many."""

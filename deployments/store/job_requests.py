@@ -40,7 +40,8 @@ def check(owner: str, new: NewJob) -> None:
 def digest_of(new: NewJob) -> str:
     """sha256 of everything that is asked for, however it was spelt: equal for equal requests. Raises InvalidRequest for no JSON."""
     pictures = {name: hashlib.sha256(content).hexdigest() for name, content in new.pictures.items()}
-    said = [new.kind, new.workflow, new.input, pictures, new.priority, new.webhook_url, new.previews]
+    what = [new.input, pictures] if new.asked is None else [new.asked]
+    said = [new.kind, new.workflow, *what, new.priority, new.webhook_url, new.previews]
     try:
         text = written(said)
     except (TypeError, ValueError) as error:

@@ -30,7 +30,8 @@ class NewJob:
 
     kind: who executes it (`generate`). pool: whose slots it needs. input: plain JSON, with names in place of pictures; pictures: their
     bytes by these names. priority: -1, 0 or 1; higher goes first. idempotency_key: of all jobs of an owner with the same key there is
-    one. previews: whether small pictures are wanted on the way. max_attempts: how often it is begun before it fails for good.
+    one. asked: the input as it was sent, by which two requests with one key are the same; None: by input and pictures. previews:
+    whether small pictures are wanted on the way. max_attempts: how often it is begun before it fails for good.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class NewJob:
     priority: int = 0
     webhook_url: str | None = None
     idempotency_key: str | None = None
+    asked: Mapping[str, Any] | None = None
     previews: bool = False
     max_attempts: int = 3
 

@@ -86,6 +86,13 @@ class JobStore:
             self._files.discard(files)
         return info, made is None
 
+    def known(self, owner: str, new: NewJob) -> JobInfo | None:
+        """The job that the same request with the same idempotency key made before. Raises IdempotencyConflict, InvalidRequest."""
+        digest = job_requests.digest_of(new)
+        with self._database.reading() as session:
+            row = job_requests.known(session, owner, new.idempotency_key, digest)
+            return self._info(session, row) if row is not None else None
+
     def get(self, id: str, owner: str) -> JobInfo:
         """Raises JobNotFound."""
         with self._database.reading() as session:
@@ -126,12 +133,13 @@ class JobStore:
             return self._info(session, row), ours
 
     def delete(self, id: str, owner: str) -> None:
-        """Takes the job away with everything of it; whoever works on it finds its lease gone, and no webhook tells of it any more. Raises
-        JobNotFound."""
+        """Takes the job away with everything of it, also from SQLite's log (its previews are pictures); whoever works on it finds its lease
+        gone, and no webhook tells of it any more. Raises JobNotFound."""
         with self._database.writing() as session:
             row = _owned(session, id, owner, locked=True)
             keys = _delete(session, [row.id])
         self._files.remove(keys)
+        self._database.forget()
 
     def events(self, id: str, owner: str, after: int = 0, limit: int = 100) -> tuple[Event, ...]:
         """The first `limit` with numbers above `after`, in order. Raises JobNotFound."""
@@ -156,18 +164,19 @@ class JobStore:
 
     # --- For runners ---
 
-    def lease(self, runner: str, pools: Sequence[str], for_s: float, pool_limits: Mapping[str, int] | None = None) -> Lease | None:
+    def lease(
+        self, runner: str, pools: Sequence[str], for_s: float, pool_limits: Mapping[str, int] | None = None, *, told: bool = False
+    ) -> Lease | None:
         """The job that goes next, of the first of the pools that has one; None where none may begin.
 
         runner: a name that no other runner has, nor had before it. for_s: seconds until others may take the job up, without a heartbeat.
-        pool_limits: how many jobs of a pool may run at once, over all runners.
+        pool_limits: how many jobs of a pool may run at once, over all runners. told: whether there is said to be one.
         """
         limits = pool_limits or {}
-        # Asked without the lock first: runners ask often, and mostly in vain.
-        with self._database.reading() as session:
-            due = job_queue.pools_due(session, pools)
-        for pool in due:
-            with self._database.writing(lock=job_queue.LOCK) as session:
+        # Asked without the lock else: runners ask often, and mostly in vain.
+        for pool in pools if told else self._due(pools):
+            # As if it had not been begun, after a power cut: no runner lives then either.
+            with self._database.writing(lock=job_queue.LOCK, lasting=False) as session:
                 at = job_queue.now(session)
                 row = job_queue.take(session, pool, limits.get(pool), at)
                 if row is not None:
@@ -190,7 +199,7 @@ class JobStore:
         mine = update(JobRow).where(JobRow.runner == runner, JobRow.status == "running")
         if known is not None:
             mine = mine.where(JobRow.id.in_(known))
-        with self._database.writing() as session:
+        with self._database.writing(lasting=False) as session:
             until = job_queue.now(session) + timedelta(seconds=for_s)
             return set(session.scalars(mine.values(lease_until=until).returning(JobRow.id)))
 
@@ -198,7 +207,7 @@ class JobStore:
         """Notes how far the job is, and tells it. preview: a small JPEG, kept until the next one where the job wants them. False where
         the job is not the lease's any more."""
         steps_now = {"picture": picture, "pictures": pictures, "step": step, "steps": steps}
-        with self._database.writing() as session:
+        with self._database.writing(lasting=False) as session:
             row = job_changes.held(session, lease)
             if row is not None:
                 shown = base64.b64encode(preview).decode() if preview is not None and row.previews else None
@@ -216,6 +225,7 @@ class JobStore:
         for each picture.
         """
         _check_answer(answer, len(pictures), timings)
+        # Before anything is written: a database that is away, asked again and again, must not cost a file each time.
         with self._database.reading() as session:
             row = session.get(JobRow, lease.job.id)
             if row is None or row.status != "running" or row.leases != lease.attempt:
@@ -252,7 +262,7 @@ class JobStore:
 
     def release(self, lease: Lease) -> bool:
         """Puts the job back to where it waited, without counting the attempt. False where the job is not the lease's any more."""
-        with self._database.writing() as session:
+        with self._database.writing(lasting=False) as session:
             row = job_changes.held(session, lease)
             if row is not None:
                 job_changes.release(session, row, job_queue.now(session))
@@ -273,25 +283,30 @@ class JobStore:
 
     # --- Housekeeping, by any number of processes at once ---
 
-    def reap(self) -> int:
-        """Takes up what runners left that gave no sign of life: waits again, or has failed with `replica_lost`. Returns how many."""
+    def reap(self) -> tuple[JobInfo, ...]:
+        """Takes up what runners left that gave no sign of life: each waits again, or has failed with `replica_lost`. As they are then."""
         left = select(JobRow).where(JobRow.status == "running").limit(_AT_ONCE)
         with self._database.reading() as session:
             if session.scalar(left.where(JobRow.lease_until < job_queue.now(session))) is None:
-                return 0
+                return ()
         with self._database.writing() as session:
             at = job_queue.now(session)
             rows = session.scalars(left.where(JobRow.lease_until < at).with_for_update(skip_locked=True)).all()
             for row in rows:
                 job_changes.lose(session, row, at)
-            return len(rows)
+            session.flush()
+            return infos(session, rows, self._keep_s)
 
     def expire(self, keep_s: float | None = None) -> int:
-        """Deletes jobs that ended longer than keep_s (else the store's own) ago, with everything of them. Returns how many. Now and then
-        also sweeps up files that dying processes left."""
+        """Deletes jobs that ended longer than keep_s (else the store's own) ago, with everything of them. Returns how many. Of those that
+        ended since, what came with them. Now and then also sweeps up files that dying processes left."""
         gone = 0
         while some := self._expire_some(self._keep_s if keep_s is None else keep_s):
             gone += some
+        if gone:
+            self._database.forget()
+        while self._files.forget_given(self._database):
+            pass
         if self._swept is None or time.monotonic() - self._swept > _SWEPT_EVERY_S:
             self._files.sweep(self._database)
             self._swept = time.monotonic()
@@ -316,6 +331,10 @@ class JobStore:
     def _info(self, session: Session, row: JobRow) -> JobInfo:
         return infos(session, [row], self._keep_s)[0]
 
+    def _due(self, pools: Sequence[str]) -> tuple[str, ...]:
+        with self._database.reading() as session:
+            return job_queue.pools_due(session, pools)
+
     def _let_in(self, session: Session, owner: str, new: NewJob, digest: str, quota: int | None, room: int | None) -> JobRow | None:
         """The job that the request made before; None where it makes one now, and may."""
         row = job_requests.known(session, owner, new.idempotency_key, digest)
@@ -328,12 +347,12 @@ class JobStore:
         row = JobRow(
             id=id, owner=owner, kind=new.kind, pool=new.pool, workflow=new.workflow, input=job_requests.plain(new.input),
             rank=-new.priority, previews=new.previews, webhook_url=new.webhook_url, idempotency_key=new.idempotency_key,
-            digest=digest, max_attempts=new.max_attempts, status="queued", created_at=at,
+            digest=digest, max_attempts=new.max_attempts, status="queued", created_at=at, events=1,
             turn=job_queue.next_turn(session, owner, new.pool, -new.priority),
         )  # fmt: skip
         session.add(row)
-        session.flush()
-        job_changes.tell(session, row, "queued", {}, at)
+        session.flush()  # before what refers to it
+        session.add(EventRow(job_id=id, seq=row.events, kind="queued", data={}, at=at))
         return row
 
     def _ended_by(self, session: Session, lease: Lease) -> JobInfo | None:

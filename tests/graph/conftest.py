@@ -10,9 +10,9 @@ import pytest
 
 from deployments.store.settings import StoreSettings
 from serve.client import Client
-from serve.ingress import HandleCalls, api
 from serve.local import local_handle
 from serve.settings import AppSettings, load_settings
+from tests.whole_application import Whole, whole
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +29,19 @@ def handle(settings: AppSettings) -> Any:
 
 
 @pytest.fixture(scope="session")
-def http(handle: Any, settings: AppSettings) -> Iterator[httpx.Client]:
-    """Plain HTTP, for what the SDK would not send."""
-    with Client("http://likeness.local", transport=httpx.ASGITransport(api(HandleCalls(handle), settings.max_body_bytes))) as client:
-        yield client._http
+def served(handle: Any, settings: AppSettings) -> Iterator[Whole]:
+    """What a server would serve, door and all."""
+    with whole(handle, settings) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
-def client(http: httpx.Client, handle: Any, settings: AppSettings) -> Iterator[Client]:
-    with Client("http://likeness.local", transport=httpx.ASGITransport(api(HandleCalls(handle), settings.max_body_bytes))) as client:
+def http(served: Whole) -> httpx.Client:
+    """Plain HTTP, for what the SDK would not send."""
+    return served.http
+
+
+@pytest.fixture(scope="session")
+def client(served: Whole) -> Iterator[Client]:
+    with Client("http://localhost", transport=httpx.ASGITransport(served.entry)) as client:
         yield client

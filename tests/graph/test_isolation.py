@@ -90,7 +90,11 @@ def _ids(things: Things) -> dict[str, str]:
 
 def test_no_route_that_takes_an_id_knows_another_owners_things(house: Whole, things: Things, a: Headers, b: Headers) -> None:
     one = "/v1/characters/{id}"
-    bodies = {one: {"name": "Mine"}, f"{one}/pictures": {"pictures": [PICTURE]}, f"{one}/loras": {"lora_id": things.lora}}
+    bodies: dict[str, dict[str, Any]] = {
+        one: {"name": "Mine"},
+        f"{one}/pictures": {"pictures": [PICTURE]},
+        f"{one}/loras": {"lora_id": things.lora},
+    }
     before = _all_of(house, things, a)
     powerless = house.key("carla", "train")
     asked = assert_isolated(house.app, house.http, _ids(things), a, b, powerless, bodies)
@@ -131,7 +135,7 @@ def test_another_owners_things_cannot_be_used(house: Whole, things: Things, a: H
     before, kept = _all_of(house, things, a), (house.owned(a), house.owned(b))
     person, lora = {"character_id": things.character}, {"loras": [{"id": things.lora}]}
     nested = {"identities": [{"method": "pulid", **person}]}
-    for path, body in (
+    asked: list[tuple[str, dict[str, Any]]] = [
         ("/v1/generate", {**INPUT, "workflow": "flux-pulid", **person}),
         ("/v1/generate", {**INPUT, **nested}),
         ("/v1/generate", {**INPUT, "identity": nested["identities"][0]}),
@@ -143,7 +147,8 @@ def test_another_owners_things_cannot_be_used(house: Whole, things: Things, a: H
         ("/v1/jobs", {"input": {**INPUT, **nested}}),
         ("/v1/jobs", {"input": {**INPUT, **lora}}),
         (f"/v1/characters/{mine}/loras", {"lora_id": things.lora}),
-    ):
+    ]
+    for path, body in asked:
         for headers in ({}, {"prefer": "wait=1"}) if "characters" not in path else ({},):
             answer = house.http.post(path, json=body, headers={**b, **headers})
             names_lora = "loras" in body or "lora_id" in body or "loras" in body.get("input", {})
@@ -205,7 +210,7 @@ def test_metrics_and_readiness_tell_nobody_of_anybody(house: Whole, things: Thin
 
 def _all_of(house: Whole, things: Things, headers: Headers) -> dict[str, Any]:
     """Everything that A can read of what A has, as it is."""
-    read = {}
+    read: dict[str, Any] = {}
     for method, template in routes_with_ids(house.app):
         if method == "GET":
             path = template.replace("{id}", dict(_ids(things))["/".join(template.split("/")[:4])])

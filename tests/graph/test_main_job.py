@@ -188,7 +188,7 @@ def by(method: str) -> dict[str, Any]:
         ("/flux-ipadapter-faceid", PERSON | {"weight": 2}, "invalid_request", "0 to 1"),
         ("/flux-pulid", PERSON | {"reference_image": "data:text/plain;base64,QUJD"}, "invalid_image", "text/plain"),
         ("/flux-pulid", PERSON | {"reference_image": "data:image/png;base64,QUJD"}, "invalid_image", ""),
-        ("/flux-pulid", PERSON | {"reference_image": "https://example.org/me.png"}, "invalid_image", "address"),
+        ("/flux-pulid", PERSON | {"reference_image": "https://example.org/me.png"}, "url_not_allowed", "address"),
         ("/v1/generate", {"workflow": "flux-nothing", "prompt": "x"}, "invalid_request", "flux-nothing"),
         ("/v1/generate", by("instantid"), "unsupported_combination", "/sdxl-instantid"),
         ("/v1/generate", by("faceid"), "unsupported_combination", "pulid"),
