@@ -13,6 +13,7 @@ from diffusers import FluxPipeline
 
 from deployments.contracts import GenerationSpec, IdentityRequest, IdentityTokens, PromptEmbeds
 from deployments.denoisers.flux1 import Attach, Flux1Denoiser
+from deployments.identity import instantx_ip_adapter as instantx
 from deployments.identity.pulid import config_of
 from deployments.identity.pulid_adapter import PuLIDAdapter
 from deployments.identity.xlabs_ip_adapter import XLabsAdapter, load_projection
@@ -23,8 +24,13 @@ PACK: Path = models_root() / "mini"
 FLUX = PACK / "flux1"
 PULID_FILE = PACK / "pulid" / "pulid_flux_mini.safetensors"
 XLABS_FILE = PACK / "xlabs-ip-adapter" / "ip_adapter.safetensors"
-PULID, XLABS = "pulid-mini", "xlabs-ip-adapter-mini"
-ATTACH: dict[str, Attach] = {PULID: partial(PuLIDAdapter, path=PULID_FILE), XLABS: partial(XLabsAdapter, path=XLABS_FILE)}
+INSTANTX_FILE = PACK / "instantx-ip-adapter" / "ip-adapter.safetensors"
+PULID, XLABS, INSTANTX = "pulid-mini", "xlabs-ip-adapter-mini", "instantx-ip-adapter-mini"
+ATTACH: dict[str, Attach] = {
+    PULID: partial(PuLIDAdapter, path=PULID_FILE),
+    XLABS: partial(XLabsAdapter, path=XLABS_FILE),
+    INSTANTX: partial(instantx.InstantXAdapter, path=INSTANTX_FILE),
+}
 SIZE, STEPS, LENGTH = 64, 4, 48
 PROMPT, NEGATIVE = "a portrait of a smiling person wearing a red t-shirt in a cafe", "a full body photo in a desert"
 
@@ -72,8 +78,14 @@ def xlabs_person(name: str) -> IdentityTokens:
     return IdentityTokens(XLABS, projection.tokens(embedding), projection.tokens(torch.zeros_like(embedding)))
 
 
-PERSON: dict[str, Callable[[str], IdentityTokens]] = {PULID: pulid_person, XLABS: xlabs_person}
-METHOD = {PULID: "pulid", XLABS: "xlabs-ip-adapter-v2"}
+def instantx_person(name: str) -> IdentityTokens:
+    projection = instantx.load_projection(INSTANTX_FILE)
+    tokens = projection.tokens(named_tensor(f"{name}'s picture, as SigLIP sees it", 1, projection.config.image_dim))
+    return IdentityTokens(INSTANTX, tokens, tokens[:, :0])
+
+
+PERSON: dict[str, Callable[[str], IdentityTokens]] = {PULID: pulid_person, XLABS: xlabs_person, INSTANTX: instantx_person}
+METHOD = {PULID: "pulid", XLABS: "xlabs-ip-adapter-v2", INSTANTX: "instantx-ip-adapter"}
 
 
 def request(model: str, **changes: Any) -> IdentityRequest:

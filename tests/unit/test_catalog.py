@@ -52,7 +52,7 @@ def write(folder: Path, catalog: str = MINIMAL, pins: str = PINS) -> Path:
 def test_the_shipped_catalogue_has_the_whole_pack(shipped: Catalog) -> None:
     pack = [entry for entry in shipped.models.values() if all(weight.repo == "mini" for weight in entry.weights.values())]
     roles = sorted(entry.role for entry in pack)
-    assert roles == ["attributes", "base", "control", "faces", "gate", *["identity"] * 2, "judge", "keypoints", "lora", "parser"]
+    assert roles == ["attributes", "base", "control", "faces", "gate", *["identity"] * 3, "judge", "keypoints", "lora", "parser"]
     assert all(entry.licence.commercial for entry in pack)
 
 
@@ -92,6 +92,7 @@ def test_an_id_like_no_other_lists_what_there_is(shipped: Catalog) -> None:
         ("pulid", "pulid-mini"),
         ("pulid-mini", "pulid-mini"),
         ("xlabs-ip-adapter-v2", "xlabs-ip-adapter-mini"),
+        ("instantx-ip-adapter", "instantx-ip-adapter-mini"),
     ],
 )
 def test_a_method_finds_its_weights_for_a_base(shipped: Catalog, method: str, entry: str) -> None:

@@ -18,12 +18,11 @@ from deployments.contracts import RGB, ControlRequest, Guides, IdentityRequest, 
 from deployments.denoisers.flux1 import Attach, Flux1Denoiser
 from deployments.denoisers.flux1_controlnet import UnionControl
 from deployments.errors import UnsupportedCombination
-from deployments.identity.instantx_ip_adapter import InstantX, InstantXAdapter
 from deployments.identity.redux import ReduxAdapter, ReduxProjection
 from serve.combinations import page
-from tests.mini_drawing import ATTACH, FLUX, PACK, SIZE, pulid_person, spec, texts, xlabs_person
+from tests.mini_drawing import ATTACH, FLUX, PACK, SIZE, instantx_person, pulid_person, spec, texts, xlabs_person
 from tests.named_weights import fill, named_tensor
-from training.mini.generator.sizes import INSTANTX, REDUX
+from training.mini.generator.sizes import REDUX
 
 CATALOG = load_catalog()
 RULES = [rule for rule in CATALOG.combinations if rule.base_family == "flux1"]
@@ -44,16 +43,11 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Flux1Denoiser:
-    """With every method (InstantX and Redux of drawn weights), the pose ControlNet and the sample LoRA."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for name, module in (("instantx", InstantX(INSTANTX)), ("redux", ReduxProjection(REDUX))):
-        fill(module)
-        save_file({key: tensor.contiguous() for key, tensor in module.state_dict().items()}, folder / f"{name}.safetensors")
-    attach: dict[str, Attach] = {
-        **ATTACH,
-        "instantx": partial(InstantXAdapter, path=folder / "instantx.safetensors"),
-        "redux": partial(ReduxAdapter, path=folder / "redux.safetensors"),
-    }
+    """With every method (Redux, which the pack has not, of drawn weights), the pose ControlNet and the sample LoRA."""
+    redux, path = ReduxProjection(REDUX), tmp_path_factory.mktemp("redux") / "redux.safetensors"
+    fill(redux)
+    save_file({key: tensor.contiguous() for key, tensor in redux.state_dict().items()}, path)
+    attach: dict[str, Attach] = {**ATTACH, "redux": partial(ReduxAdapter, path=path)}
     nets = {NET: partial(UnionControl, folder=PACK / "flux1-controlnet-union", modes={"pose": 4})}
     return Flux1Denoiser(FLUX, attach, controls=nets, loras=lambda sha256: PACK / "loras" / "ada.safetensors", torch_threads=1)
 
@@ -62,18 +56,13 @@ def person(method: str, name: str) -> tuple[IdentityRequest, IdentityTokens]:
     return IdentityRequest(method=method), _TOKENS[method](name)
 
 
-def _instantx(name: str) -> IdentityTokens:
-    tokens = named_tensor(f"{name}'s InstantX tokens", 1, INSTANTX.tokens, INSTANTX.token_dim)
-    return IdentityTokens("instantx", tokens, tokens[:, :0])
-
-
 def _redux(name: str) -> IdentityTokens:
     words = named_tensor(f"{name}'s words", 1, 64, REDUX.text_dim)
     return IdentityTokens("redux", words, words[:, :0])
 
 
 _TOKENS: dict[str, Callable[[str], IdentityTokens]] = {
-    "pulid": pulid_person, "xlabs-ip-adapter-v2": xlabs_person, "instantx-ip-adapter": _instantx, "redux": _redux,
+    "pulid": pulid_person, "xlabs-ip-adapter-v2": xlabs_person, "instantx-ip-adapter": instantx_person, "redux": _redux,
 }  # fmt: skip
 
 
@@ -125,9 +114,7 @@ def alone(mini: Flux1Denoiser) -> Callable[..., RGB]:
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.works], ids=lambda rule: f"{rule.first}+{rule.second}")
-def test_an_allowed_pair_acts_together_and_leaves_nothing_behind(
-    mini: Flux1Denoiser, alone: Callable[..., RGB], rule: Combination
-) -> None:
+def test_an_allowed_pair_acts_together_and_leaves_nothing_behind(mini: Flux1Denoiser, alone: Callable[..., RGB], rule: Combination) -> None:
     base = alone()
     # Methods first: masks and people are of somebody.
     order = sorted((rule.first, rule.second), key=FEATURES.index)

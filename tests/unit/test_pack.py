@@ -10,7 +10,7 @@ import pytest
 from deployments.catalog import CATALOG_PATH, Catalog, load_catalog
 from deployments.errors import DamagedWeights, InvalidCatalog, MissingWeights, UnsafeWeights
 from deployments.weights import WeightFile, WeightFolder, locate, locate_folder
-from training.mini.pack import DOCUMENTS, PACK, PACK_DIR, write_catalog
+from training.mini.pack import DOCUMENTS, LATECOMERS, PACK, PACK_DIR, sizes_mib, write_catalog
 
 
 def of_the_pack(catalog: Catalog) -> list[WeightFile | WeightFolder]:
@@ -54,6 +54,16 @@ def test_the_shipped_pack_is_exactly_what_is_pinned(monkeypatch: pytest.MonkeyPa
     assert {file.file for file in pinned} == present, "run `python -m training.mini.pack`"
     for file in pinned:
         assert locate(file).stat().st_size == file.bytes
+
+
+def test_the_shipped_pack_is_small_with_the_latecomers_counted_apart(tmp_path: Path) -> None:
+    own, late = sizes_mib()
+    assert 29 < own <= 30 and 0.7 < late < 0.9
+    assert all((PACK_DIR / folder).is_dir() for folder in LATECOMERS)
+    (tmp_path / LATECOMERS[0]).mkdir()
+    for name, mib in (("CARD.md", 1), ("model.safetensors", 2), (f"{LATECOMERS[0]}/model.safetensors", 3)):
+        (tmp_path / name).write_bytes(bytes(mib * 2**20))
+    assert sizes_mib(tmp_path) == (2, 3)
 
 
 def test_the_same_pack_gives_the_same_bytes(pack: Path) -> None:

@@ -90,7 +90,10 @@ def missed(figures: Figures) -> list[str]:
 
 def card(figures: Figures, notes: Figures, remarks: str) -> str:
     """figures: of evaluate.measure; notes: facts of the training stages; remarks: Markdown by people, about the bars not reached."""
-    return "\n".join([_HEAD, *_bars(figures), *_people(figures), *_details(figures), *_training(notes), remarks]) + "\n"
+    return (
+        "\n".join([_HEAD, *_bars(figures), *_without_bar(figures), *_people(figures), *_details(figures), *_training(notes), remarks])
+        + "\n"
+    )
 
 
 def _bars(figures: Figures) -> Iterator[str]:
@@ -99,6 +102,13 @@ def _bars(figures: Figures) -> Iterator[str]:
     for bar in BARS:
         value = bar.read(figures)
         yield f"| {bar.what} | {bar.asked} | {_shown(value)} | {'reached' if bar.passes(value) else '**not reached**'} |"
+
+
+def _without_bar(figures: Figures) -> Iterator[str]:
+    """InstantX's adapter, which came after the bars."""
+    if "instantx" in figures:
+        yield f"\nWithout a bar: InstantX's IP-Adapter, weight 1 (close-up, portrait): {_interval(figures['instantx']['together'])}."
+        yield f"It and its picture encoder take {figures['size_apart_mib']} MiB beside those of the pack's size above."
 
 
 def _people(figures: Figures) -> Iterator[str]:
@@ -111,7 +121,8 @@ def _details(figures: Figures) -> Iterator[str]:
     yield "\n## Identity, with 95 % bootstrap intervals\n\n| | framing | cosine of the judge | no face found |\n|---|---|---|---|"
     base = figures["prompts"]
     yield f"| prompt alone | all | {_interval(base['cosine'])} | {base['no_face']} |"
-    for name, method in (("IP-Adapter, 1", figures["ip_adapter"]), *((f"PuLID, {w}", figures["pulid"][w]) for w in ("0", "0.5", "1"))):
+    adapters = (("IP-Adapter, 1", figures["ip_adapter"]), ("InstantX, 1", figures.get("instantx", {})))
+    for name, method in (*adapters, *((f"PuLID, {w}", figures["pulid"][w]) for w in ("0", "0.5", "1"))):
         for framing, line in method.items():
             if isinstance(line, Mapping) and "cosine" in line:
                 yield f"| {name} | {framing} | {_interval(line['cosine'])} | {line['no_face']} |"
@@ -124,7 +135,7 @@ def _details(figures: Figures) -> Iterator[str]:
 
 def _training(notes: Figures) -> Iterator[str]:
     yield "\n## Training\n\n| stage | steps | seconds | processes | device |\n|---|---|---|---|---|"
-    for stage, facts in notes.items():
+    for stage, facts in sorted(notes.items()):
         yield f"| {stage} | {facts.get('steps', '')} | {facts.get('seconds', '')} | {facts.get('devices', 1)} | {facts.get('device', '')} |"
 
 

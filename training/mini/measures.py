@@ -111,6 +111,15 @@ def pulid(studio: Studio, sitting: Sitting, cast: Cast) -> dict[str, Any]:
     return figures
 
 
+def instantx(studio: Studio, sitting: Sitting, cast: Cast) -> dict[str, Any]:
+    """At weight 1."""
+    studio.attach_instantx()
+    tokens = studio.instantx_tokens(cast.pictures)
+    figures = identity(sitting, cast, partial(studio.draw_instantx, tokens=tokens, weight=1.0), studio.pack)
+    studio.detach_instantx()
+    return figures
+
+
 def pose(studio: Studio, count: int) -> dict[str, Any]:
     """Full bodies whose prompts say nothing of arms, with skeletons that do: the share of pictures all of whose visible elbows and
     wrists are found within 8 % of the picture of where they were asked; the same without control, for comparison."""

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from deployments.contracts import IdentityRequest
+from deployments.identity.image_attention import IMAGE_KEY
+from deployments.identity.instantx_ip_adapter import InstantXAdapter, load_projection
 from deployments.identity.pulid import CONDITION_KEY, PuLID, PuLIDInjection, inject, load_pulid
+from deployments.identity.siglip import Siglip
 from training.mini.generator.pose_control import POSE_MODE
 from training.mini.generator.text import TEXT_TOKENS
 from training.mini.world.render import PICTURE_SIZE_PX
@@ -35,6 +39,7 @@ class Studio:
         self.pipe = FluxPipeline.from_pretrained(pack / "flux1", dtype=torch.float32).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self._injection: PuLIDInjection | None = None
+        self._instantx: InstantXAdapter | None = None
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], steps: int = STEPS, guidance: float = GUIDANCE) -> Pictures:
         """The prompts alone."""
@@ -95,6 +100,32 @@ class Studio:
     def detach_ip_adapter(self) -> None:
         self.pipe.unload_ip_adapter()
 
+    def attach_instantx(self) -> None:
+        self._instantx = InstantXAdapter(self.pipe.transformer, self._instantx_file)
+
+    def instantx_tokens(self, references: Pictures) -> Tensor:
+        """[n, tokens, width]: what InstantX's encoder half makes of whole pictures."""
+        siglip, projection = Siglip(self.pack / "siglip-vision", self.device), load_projection(self._instantx_file, self.device)
+        with torch.no_grad():
+            tokens: Tensor = projection.tokens(torch.cat([siglip.pooled(reference) for reference in references]))
+        return tokens
+
+    def draw_instantx(self, prompts: Sequence[str], seeds: Sequence[int], tokens: Tensor, weight: float, steps: int = STEPS) -> Pictures:
+        """With InstantX's IP-Adapter (attach it first). tokens: of instantx_tokens, one reference a prompt."""
+        assert self._instantx is not None, "attach_instantx() first"
+        adapter, asked = self._instantx, IdentityRequest(method="instantx-ip-adapter", weight=weight)
+
+        def call(part: slice) -> Pictures:
+            condition = adapter.condition(tokens[part], asked)
+            return self._call(self.pipe, prompts[part], seeds[part], steps, GUIDANCE, joint_attention_kwargs={IMAGE_KEY: condition})
+
+        return self._in_batches(len(prompts), call)
+
+    def detach_instantx(self) -> None:
+        if self._instantx is not None:
+            self._instantx.eject()
+            self._instantx = None
+
     def draw_posed(
         self, prompts: Sequence[str], seeds: Sequence[int], skeletons: Pictures, scale: float = 1.0, steps: int = STEPS
     ) -> Pictures:
@@ -111,6 +142,10 @@ class Studio:
             )  # fmt: skip
 
         return self._in_batches(len(prompts), call)
+
+    @property
+    def _instantx_file(self) -> Path:
+        return self.pack / "instantx-ip-adapter" / "ip-adapter.safetensors"
 
     def _image_embeds(self, references: Pictures) -> Tensor:
         """[n, 1, width]: the CLIP embeddings as the pipeline would make them, one picture each."""
