@@ -43,7 +43,7 @@ check: install ## format, lint, types and import rules
 
 test: export HF_HUB_OFFLINE := 1
 test: check ## check, then every test that needs neither a GPU nor patience
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not gpu and not slow"
 
 prove: export HF_HUB_OFFLINE := 1
 prove: check ## the full bars: every test without a GPU, the benchmarks (docs/main_job.md), the evaluation (models/mini/CARD.md)

@@ -89,6 +89,8 @@ def add_job_routes(app: FastAPI, desk: JobDesk, body_of: BodyReader, owner_of: C
         except ValidationError as error:
             raise invalid(error) from error
         require(caller_of(request), SCOPES[wanted.kind])
+        if wanted.priority == "high":  # before everybody's jobs, which is not for everybody to say
+            require(caller_of(request), "admin")
         item, made = await desk.submit(wanted, owner, key, quota_of(request))
         return await awaited(desk, item, owner, wait) if wait is not None else job_answer(item, 202 if made else 200)
 

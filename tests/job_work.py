@@ -114,7 +114,7 @@ def end_each(url: str, folder: Path, leases: Sequence[Lease], notes: Path, toget
 
 
 def reap_once(url: str, folder: Path, notes: Path) -> None:
-    _note(url, folder, notes, lambda store: [store.reap()])
+    _note(url, folder, notes, lambda store: [len(store.reap())])
 
 
 class Deadly(ArtifactStore):

@@ -31,8 +31,12 @@ def add(store: LoraStore, content: bytes, owner: str = "ada", name: str = "hers"
 
 
 def at_once(work: Callable[..., None], *arguments: tuple[Any, ...]) -> None:
-    """One process for each tuple of arguments, all of them started before the first begins to work."""
-    context = multiprocessing.get_context("spawn")
+    """One process for each tuple of arguments, all of them started before the first begins to work.
+
+    They are forked from a process that has imported what they work with, and nothing else: done anew by each it would be most of the test.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.store_places", "tests.job_work"])
     barrier = context.Barrier(len(arguments))
     processes = [context.Process(target=_after, args=(barrier, work, given)) for given in arguments]
     for process in processes:

@@ -97,6 +97,13 @@ def test_the_catalogue_can_be_asked_without_any_model_library() -> None:
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 
+def test_the_application_brings_torch_into_no_process_that_only_reads_how_it_is_built() -> None:
+    """Ray imports serve.app in every replica, in those too whose models run on onnxruntime alone."""
+    source = "import serve.app, sys; print(sorted({'torch', 'diffusers', 'transformers', 'onnxruntime'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
 @pytest.mark.parametrize("path", PYTHON, ids=_name)
 def test_files_and_functions_stay_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

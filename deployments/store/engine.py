@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
@@ -50,7 +52,8 @@ class Database:
         lock: any name; of all processes on this database, one at a time is between here and its commit with the same name. (SQLite has
         one writer at a time, whatever the name.)
         """
-        with told(self._url), Session(self._writer if lasting else self._noting) as session, session.begin():
+        engine = self._writer if lasting else self._noting
+        with told(self._url), _turn_of(self._url), Session(engine) as session, session.begin():
             session.connection()  # or the transaction, and with it SQLite's lock, would begin with the first statement
             if lock is not None and self._url.get_backend_name() == "postgresql":
                 session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": lock})
@@ -126,6 +129,27 @@ def _prepare_sqlite(engine: Engine, foreign_keys: bool) -> None:
             connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
             connection.info[_LASTING] = lasting
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+
+@contextmanager
+def _turn_of(url: URL) -> Iterator[None]:
+    """Of this process's writers on a file of SQLite one at a time, as they came. SQLite's own wait is a look now and then, up to 100 ms
+    apart, and whoever looks at the right moment is first: of many, some would wait for seconds."""
+    if url.get_backend_name() != "sqlite":
+        yield
+        return
+    lock = _lock_of(str(url.database))
+    if not lock.acquire(timeout=_BUSY_TIMEOUT_S):
+        raise StoreUnavailable(f"The store ({url.render_as_string()}) cannot be used: other writers hold it.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@cache
+def _lock_of(file: str) -> Lock:
+    return Lock()
 
 
 @contextmanager

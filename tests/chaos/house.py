@@ -15,9 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
 from deployments.errors import ServerUnreachable
+from tests.ray_processes import named
 
 _CONTROLLER = "ray::ServeController"
 _FILL_BYTES = 2**16
@@ -96,8 +95,8 @@ class House:
 
 
 def kill(process: str) -> None:
-    """SIGKILL to every process whose name begins so."""
-    found = [each for each in psutil.process_iter(["cmdline"]) if " ".join(each.info["cmdline"] or ()).startswith(process)]
+    """SIGKILL to every process of this server whose name begins so."""
+    found = named(process)
     assert found, f"no process is called {process}"
     for each in found:
         os.kill(each.pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import signal
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
+from benchmarks.job_races import races
 from serve.client import Client
 from serve.client_jobs import Job
+from tests.ray_processes import replicas
 
 CHARACTERS = sorted((Path(__file__).parents[2] / "samples" / "characters").glob("*-1.png"))
 PORTRAIT = "a portrait of a smiling person wearing a green hoodie in a library with soft daylight, arms down"
@@ -70,14 +72,23 @@ def test_a_job_cancelled_in_mid_step_frees_the_denoiser(url: str) -> None:
             assert time.perf_counter() - began < whole / 4
 
 
+def test_jobs_that_are_cancelled_as_they_come_end_at_once_and_leave_the_denoiser_free(url: str) -> None:
+    async def main() -> dict[str, Any]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            return await races(http, 40)
+
+    found = asyncio.run(main())
+    assert sum(found["statuses"].values()) == 40 and found["statuses"].keys() <= {"canceled", "succeeded"} and found["statuses"]["canceled"]
+    assert max(found["ended_s"]) < 2 and found["free_s"] < 2 + found["alone_s"], found
+
+
 def test_a_killed_job_server_loses_nothing_and_does_nothing_twice(url: str) -> None:
     with Client(url) as client:
         mine = client.jobs
         waiting = [mine.submit(**(LONG | {"n": 1, "steps": 60})), mine.submit(**QUICK), mine.submit(**QUICK)]
         until_drawn(waiting[0])
-        for process in psutil.process_iter(["cmdline"]):
-            if "ServeReplica:likeness:JobServer" in " ".join(process.info["cmdline"] or []):
-                os.kill(process.pid, signal.SIGKILL)
+        (process,) = replicas("JobServer")
+        os.kill(process.pid, signal.SIGKILL)
         for job in waiting:
             item = job.wait(timeout=55)
             assert item.status == "succeeded", item

@@ -20,6 +20,7 @@ from deployments.images import decode
 from serve.client import AsyncClient, Client
 from serve.local import local_client
 from serve.settings import AppSettings
+from tests.ray_processes import replicas, title
 
 CHARACTERS = sorted((Path(__file__).parents[2] / "samples" / "characters").glob("*-1.png"))
 PORTRAIT = "a portrait of a smiling person wearing a green hoodie in a library with soft daylight, arms down"
@@ -101,13 +102,9 @@ def test_more_than_may_wait_are_told_to_come_again_and_a_crowd_that_leaves_block
 
 def test_only_the_processes_that_compute_with_torch_load_it(url: str) -> None:
     """The face server's process never imports torch, and the ingress holds no model at all."""
-    import psutil
-
     memory = {}
-    for process in psutil.process_iter(["cmdline", "pid"]):
-        name = " ".join(process.info["cmdline"] or [])
-        if name.startswith("ray::ServeReplica:likeness:"):
-            memory[name.rsplit(":", 1)[1].partition(".")[0].strip()] = {Path(entry.path).name for entry in process.memory_maps()}
+    for process in replicas():
+        memory[title(process).rsplit(":", 1)[1].partition(".")[0].strip()] = {Path(entry.path).name for entry in process.memory_maps()}
     assert {"FaceServer", "Workflows", "Ingress", "DenoiserServer"} <= set(memory)
     for server in ("FaceServer", "Workflows", "Ingress"):
         assert not any(name.startswith("libtorch") for name in memory[server]), server

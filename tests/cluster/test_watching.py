@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from serve.client import Client
 from tests.cluster.test_serve import CHARACTERS, LONG, body
+from tests.ray_processes import replicas
 
 _PATIENCE_S = 25.0
 
@@ -44,12 +44,6 @@ def waited_for(found: Callable[[], bool], what: str) -> None:
     while not found():
         assert time.monotonic() < until, what
         time.sleep(0.1)
-
-
-def replicas(deployment: str) -> list[psutil.Process]:
-    """Of this test's own server: Ray's processes are children of the one that started it."""
-    mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if f"ServeReplica:likeness:{deployment}" in " ".join(process.cmdline())]
 
 
 @pytest.mark.parametrize("given", ["a-request-of-mine", None])

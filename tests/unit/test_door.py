@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -139,6 +140,49 @@ def test_a_revoked_key_opens_no_longer_than_five_seconds(place: Place) -> None:
             place.clock.ahead = 5.0
             answer = await http.get("/v1/models", headers=headers)
             assert answer.status_code == 401 and "revoked" in answer.json()["detail"]
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_flows_ends_with_its_key(place: Place) -> None:
+    info, key = place.keys.create("k", scopes=SCOPES)
+
+    async def run() -> None:
+        came: list[bytes] = []
+        began = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            came.append(message.get("body", b""))
+            if message.get("body") == b"first":
+                began.set()
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                came.append(b"the end")
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        headers = [(b"authorization", f"Bearer {key}".encode()), (b"host", b"localhost")]
+        scope: dict[str, Any] = {"type": "http", "method": "GET", "path": "/v1/jobs", "query_string": b"", "headers": headers}
+        # From that version on nobody listens for a client that has gone: an error tells it.
+        scope |= {"client": ("192.0.2.1", 1), "asgi": {"version": "3.0", "spec_version": "2.4"}}
+        answering = asyncio.create_task(place.door(scope, receive, send))
+        await began.wait()
+        place.keys.revoke(info.id)
+        place.clock.ahead = 5.0
+        place.drip.set()
+        await asyncio.wait_for(answering, 10)
+        assert came[-1] == b"the end" and b"second" not in came
+
+    asyncio.run(run())
+
+
+def test_a_compressed_body_is_refused_as_such(small: Place) -> None:
+    async def run() -> None:
+        async with small.client() as http:
+            said = {**small.key(), "content-encoding": "gzip"}
+            answer = await http.post("/v1/generate", content=gzip.compress(b"{}"), headers=said)
+            assert answer.status_code == 422 and "compressed" in answer.json()["detail"]
+            assert (await http.post("/v1/generate", content=b"{}", headers={**said, "content-encoding": "identity"})).status_code == 200
 
     asyncio.run(run())
 

@@ -146,4 +146,4 @@ def test_a_runner_killed_between_file_and_row_leaves_no_row_and_the_sweep_takes_
     other.close()
     assert files(tmp_path) == [given]
     time.sleep(max(0.0, (lease.until - store.get(id, "ada").created_at).total_seconds()))
-    assert store.reap() == 1 and finish(store, leased(store, "two")) and store.get(id, "ada").status == "succeeded"
+    assert len(store.reap()) == 1 and finish(store, leased(store, "two")) and store.get(id, "ada").status == "succeeded"

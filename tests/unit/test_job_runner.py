@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import multiprocessing
 import os
 import signal
@@ -12,8 +13,11 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from deployments.errors import InvalidImage
+from deployments.images import encode
 from deployments.job_runner import Loop
 from deployments.job_server import joined
 from deployments.store.job_values import JobInfo
@@ -301,17 +305,20 @@ def test_a_loop_survives_what_its_turn_raises() -> None:
 
 
 def test_pictures_are_parted_from_a_body_and_come_back_to_their_places() -> None:
+    abc, other, third, fourth = (encode(np.full((8, 8, 3), shade, np.uint8)) for shade in range(4))
+    one, two, three, four = (base64.b64encode(content).decode() for content in (abc, other, third, fourth))
     body = {
-        "prompt": "x", "reference_image": "data:image/png;base64,QUJD", "init_image": None,
-        "identities": [{"method": "pulid", "images": ["QUJD", "REVG"]}, {"mask": "R0hJ", "weight": 0.5}],
-        "controls": [{"type": "pose", "image": "SktM"}], "a/b": {"image": "QUJD"},
+        "prompt": "x", "reference_image": f"data:image/png;base64,{one}", "init_image": None,
+        "identities": [{"method": "pulid", "images": [one, two]}, {"mask": three, "weight": 0.5}],
+        "controls": [{"type": "pose", "image": four}], "a/b": {"image": one},
     }  # fmt: skip
     input, pictures = parted(body)
     assert pictures == {
-        "reference_image": b"ABC", "identities/0/images/0": b"ABC", "identities/0/images/1": b"DEF", "identities/1/mask": b"GHI",
-        "controls/0/image": b"JKL",
+        "reference_image": abc, "identities/0/images/0": abc, "identities/0/images/1": other, "identities/1/mask": third,
+        "controls/0/image": fourth,
     }  # fmt: skip
-    assert "QUJD" not in str(input | {"a/b": None}) and input["reference_image"] == input["identities"][0]["images"][0]
-    expected = {**body, "reference_image": "QUJD"}
-    assert joined(input, pictures) == expected
+    assert one not in str(input | {"a/b": None}) and input["reference_image"] == input["identities"][0]["images"][0]
+    assert joined(input, pictures) == {**body, "reference_image": one}
     assert parted(joined(input, pictures)) == (input, pictures)
+    with pytest.raises(InvalidImage):
+        parted({"reference_image": "QUJD"})

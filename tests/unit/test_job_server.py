@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray.serve
+from prometheus_client import REGISTRY
 
 from deployments.contracts import PictureProgress
 from deployments.errors import InvalidRequest
@@ -39,7 +40,7 @@ class Drawing:
     """A deployment that streams as Workflows does: progress of every step, then the answer, which says what it was asked."""
 
     async def watched(
-        self, workflow: str | None, body: Mapping[str, Any], owner: str, previews: int
+        self, workflow: str | None, body: Mapping[str, Any], owner: str, previews: int, every_s: float
     ) -> AsyncIterator[PictureProgress | GenerateResponse]:
         if body["prompt"] == "impossible":
             raise InvalidRequest("`prompt`: impossible.")
@@ -141,6 +142,26 @@ def test_a_replica_that_goes_gives_its_jobs_back_and_is_not_well_afterwards(stor
     with pytest.raises(Exception, match="stuck"):
         handle.check_health.remote().result()
     store.cancel(id, EVERYBODY)
+
+
+def test_a_job_that_is_given_up_with_its_runner_is_counted(store: JobStore, tmp_path: Path) -> None:
+    def counted() -> float:
+        return REGISTRY.get_sample_value("likeness_jobs_total", {"kind": "generate", "workflow": "", "status": "failed"}) or 0.0
+
+    before = counted()
+    once = NewJob(kind="generate", pool="draw", input={"prompt": "x"}, max_attempts=1)
+    id = store.submit(EVERYBODY, once)[0].id
+    assert store.lease("a runner that died", ["draw"], 0.1, {"draw": 2}) is not None
+    handle = _serving(StoreSettings(url=f"sqlite:///{tmp_path / 'likeness.db'}", folder=tmp_path / "files"), QUICK)
+    try:
+        assert ended(store, id).status == "failed"
+        end = time.monotonic() + 10
+        while counted() == before:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert counted() == before + 1
+    finally:
+        handle.drain.remote().result(timeout_s=20)
 
 
 def test_jobs_of_a_dead_runner_are_reaped_and_ended_ones_expire(store: JobStore, tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""How tests are spread over several processes (`pytest -n 2 --dist loadgroup`): by file, and by folder where a folder shares a server.
+
+What a file opens is then opened once, and there is one Ray at a time: two would share neither its ports nor the cores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_TESTS = Path(__file__).parent
+_TOGETHER = {"chaos": "ray", "cluster": "ray", "graph": "graph", "hostile": "hostile"}
+"""Folder -> group. What starts Ray, and what opens the whole application in its own process."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        place = item.path.relative_to(_TESTS)
+        item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(place.parts[0], str(place))))
