@@ -107,7 +107,7 @@ def pixels_of(data: bytes, limits: Limits = DEFAULT_LIMITS) -> int:
 
 
 def refuse_by_header(data: bytes, limits: Limits = DEFAULT_LIMITS) -> None:
-    """Raises InvalidImage for all that is wrong with a file and known before its pixels are unpacked: quick, and less than `decode` finds."""
+    """Raises InvalidImage for all that is wrong with a file and known before its pixels are unpacked: less than `decode` finds."""
     with _opened(data, limits):
         pass
 

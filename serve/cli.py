@@ -20,6 +20,9 @@ from typer.core import TyperGroup
 
 from deployments.errors import InvalidRequest, LikenessError
 from serve.cli_characters import characters
+from serve.cli_dataset import dataset
+from serve.cli_evaluate import EPILOG as EVALUATE_EPILOG
+from serve.cli_evaluate import evaluate
 from serve.cli_jobs import jobs
 from serve.cli_keys import keys
 from serve.cli_loras import loras
@@ -59,6 +62,8 @@ app.add_typer(loras, name="loras")
 app.add_typer(characters, name="characters")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
+app.add_typer(dataset, name="dataset")
+app.command("evaluate", epilog=EVALUATE_EPILOG)(evaluate)
 
 Server = Annotated[
     str | None, typer.Option("--server", envvar="LIKENESS_SERVER", help="Address of a server; without one everything runs in this process.")

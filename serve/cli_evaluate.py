@@ -5,6 +5,7 @@ Everything is drawn through the SDK, as anybody's requests are; what is measured
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deployments.errors import InvalidRequest
+from deployments.errors import InvalidRequest, QueueFull, QuotaExceeded, RateLimited, ReplicaLost
+from serve.answers import GenerateResponse
 from serve.cli_output import ERR, OUT, table, waiting
 from serve.client import Client
 
@@ -32,6 +34,7 @@ What was drawn is kept: the same command again goes on where it stopped, and mea
 Read differences before means: they are in pairs of the same prompt and seed, with an interval. Nine pictures a configuration tell apart
 what differs by 0.05, 36 by 0.03; more seeds: --seeds 8."""
 
+_PATIENCE_S = (2.0, 10.0, 30.0)
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
@@ -154,10 +157,20 @@ def _drawn_by(client: Client) -> Draw:
     from training.evaluation.run import Pictures
 
     def draw(fields: Mapping[str, Any]) -> Pictures:
-        answer = client.generate(**fields)
+        answer = _patiently(client, fields)
         return Pictures([item.content for item in answer.data], answer.timings.get("total"), tuple(answer.models))
 
     return draw
+
+
+def _patiently(client: Client, fields: Mapping[str, Any]) -> GenerateResponse:
+    """An evaluation takes long, and others have requests too: what passes by itself is waited for, a little."""
+    for seconds in _PATIENCE_S:
+        try:
+            return client.generate(**fields)
+        except (QueueFull, RateLimited, QuotaExceeded, ReplicaLost):
+            time.sleep(seconds)
+    return client.generate(**fields)
 
 
 def _pictures(folder: Path) -> list[bytes]:

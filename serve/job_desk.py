@@ -64,7 +64,9 @@ class JobRequest(BaseModel):
     webhook_url: str | None = Field(
         default=None, max_length=URL_CHARACTERS, description="Where the job is posted to, signed, once it has ended."
     )
-    priority: Priority = Field(default="normal", description="`low` goes after all others; `high`, before everybody's, needs a key with the scope admin.")
+    priority: Priority = Field(
+        default="normal", description="`low` goes after all others; `high`, before everybody's, needs a key with the scope admin."
+    )
     previews: bool = Field(default=False, description="Whether the events bring small pictures along.")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -114,3 +114,19 @@ def _fits(field: str, text: str | None, limit: int) -> None:
 
 def _wrong(field: str, what: str) -> InvalidRequest:
     return InvalidRequest(f"`{field}` {what}.", None, {"param": field})
+
+
+def check_answer(answer: Mapping[str, Any], pictures: int, timings: Mapping[str, float]) -> None:
+    """Raises ValueError where there are more or fewer places than pictures, and as `written`."""
+    written([answer, timings])
+    places = answer.get("data", [])
+    if pictures and len(places) != pictures:
+        raise ValueError(f"The answer has places for {len(places)} pictures, and {pictures} were drawn.")
+
+
+def with_artifacts(answer: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
+    """The answer, each of its places naming the artifact that holds its picture."""
+    result: dict[str, Any] = plain(answer)
+    if ids:
+        result["data"] = [item | {"artifact": id} for item, id in zip(result["data"], ids, strict=True)]
+    return result

@@ -224,7 +224,7 @@ class JobStore:
         together with the database's connection), the job as it is. Raises ValueError for an answer that is no JSON, or without a place
         for each picture.
         """
-        _check_answer(answer, len(pictures), timings)
+        job_requests.check_answer(answer, len(pictures), timings)
         # Before anything is written: a database that is away, asked again and again, must not cost a file each time.
         with self._database.reading() as session:
             row = session.get(JobRow, lease.job.id)
@@ -236,7 +236,7 @@ class JobStore:
             if row is not None:
                 at = job_queue.now(session)
                 session.add_all(file.row(row.id, row.owner, False, at) for file in files)
-                row.result, row.seconds = _with_artifacts(answer, [file.id for file in files]), dict(timings)
+                row.result, row.seconds = job_requests.with_artifacts(answer, [file.id for file in files]), dict(timings)
                 row.step = row.steps
                 job_changes.end(session, row, "succeeded", at, told={"artifacts": [file.id for file in files]})
                 session.flush()
@@ -389,17 +389,3 @@ def _delete(session: Session, ids: Sequence[str]) -> Sequence[str]:
     keys = session.scalars(select(ArtifactRow.key).where(ArtifactRow.job_id.in_(ids))).all()
     session.execute(delete(JobRow).where(JobRow.id.in_(ids)))
     return keys
-
-
-def _check_answer(answer: Mapping[str, Any], pictures: int, timings: Mapping[str, float]) -> None:
-    job_requests.written([answer, timings])
-    places = answer.get("data", [])
-    if pictures and len(places) != pictures:
-        raise ValueError(f"The answer has places for {len(places)} pictures, and {pictures} were drawn.")
-
-
-def _with_artifacts(answer: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
-    result: dict[str, Any] = job_requests.plain(answer)
-    if ids:
-        result["data"] = [item | {"artifact": id} for item, id in zip(result["data"], ids, strict=True)]
-    return result
