@@ -40,6 +40,8 @@ Knows nothing of HTTP, Ray or models: the ingress reads `code` and `status`, the
     │   ├── UnsafeWeights             unsafe_weights             503
     │   └── CheckpointMismatch        checkpoint_mismatch        503
     ├── ProviderUnavailable           provider_unavailable       503
+    ├── NotEnoughMemory               not_enough_memory          503
+    ├── TrainingDiverged              training_diverged          500
     └── InvalidCatalog                invalid_catalog            500
 
 A code, once published, never changes its meaning. Codes are spelt as the wire spells them (`license`), texts are British.
@@ -360,6 +362,21 @@ class ProviderUnavailable(LikenessError):
     code = "provider_unavailable"
     status = 503
     advice = "Install what the provider needs (for cuda: the extra `gpu`, a driver and a visible GPU), or set the provider to cpu."
+
+
+class NotEnoughMemory(LikenessError):
+    """What is to be trained does not fit into the memory that there is; found out before anything is loaded."""
+
+    code = "not_enough_memory"
+    status = 503
+    advice = "Train on a larger GPU, or with fewer pictures at once."
+
+
+class TrainingDiverged(LikenessError):
+    """The loss is no number any more; what was learned since the last checkpoint is lost."""
+
+    code = "training_diverged"
+    advice = "Train again with a lower learning rate, or with warm-up steps."
 
 
 class InvalidCatalog(LikenessError):

@@ -149,7 +149,8 @@ def api(
     add_lora_routes(app, cast(LoraCalls, LoraHandle(calls)), max_lora_bytes, owner_of)
     app.get("/v1/workflows")(workflows)
     app.get("/v1/models")(models)
-    app.api_route("/healthz", methods=["GET", "HEAD"])(alive)
+    app.get("/healthz")(alive)
+    app.head("/healthz", include_in_schema=False)(alive)  # what some load balancers ask
     add_ready_route(app, readiness or Readiness(in_one_process))
     add_metrics_route(app, jobs.depth if jobs is not None else None)
     if jobs is not None:

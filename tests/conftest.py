@@ -5,11 +5,16 @@ What a file opens is then opened once, and there is one Ray at a time: two would
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from serve.ray_ports import guard_ray_ports
+
 _TESTS = Path(__file__).parent
+# Ray reads it when it is imported, which the collecting of some tests does.
+guard_ray_ports(folder=Path(tempfile.mkdtemp(prefix="likeness-ray-token-")))
 _TOGETHER = {"chaos": "ray", "cluster": "ray", "graph": "graph", "hostile": "hostile"}
 """Folder -> group. What starts Ray, and what opens the whole application in its own process."""
 

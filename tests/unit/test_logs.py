@@ -53,7 +53,7 @@ LOG = logging.getLogger("likeness.test")
 
 
 def test_a_line_says_when_what_and_where(kept: Kept) -> None:
-    LOG.info("drawn %d", 2, extra={"seconds": {"denoise": 1.5}, "odd": Path("/x"), "_ray_timestamp_ns": 7})
+    LOG.info("drawn %d", 2, extra={"seconds": {"denoise": 1.5}, "odd": Path("/x"), "_of_a_library": 7})
     (line,) = kept.lines
     assert line.pop("time").endswith("+00:00")
     assert line == {

@@ -1,0 +1,191 @@
+"""From pictures with captions to a LoRA in a folder: memory planned, caches filled, encoders freed, trained, resumed.
+
+    FOLDER/settings.yaml          what was asked for
+    FOLDER/checkpoints/step-...   see checkpoints.py
+    FOLDER/samples/...            where samples were asked for
+    FOLDER/lora.safetensors       the LoRA of the last step
+
+Knows nothing of jobs, owners or Ray. Run it again in the same folder, and it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+from deployments.catalog import Catalog, load_catalog
+from deployments.contracts import PromptEmbeds
+from deployments.errors import InvalidRequest
+from deployments.prompts.cache import PromptCache
+from deployments.prompts.shared_folder import SharedFolder
+from training.base_models import FluxBase
+from training.checkpoints import LORA, checkpoints, newest_state
+from training.export import LoraCard
+from training.latent_cache import Example, MomentsCache, Told, TrainingSet, divisor_of, prepare
+from training.loop import Outcome, Report, Trainer
+from training.memory_plan import MemoryPlan, free_bytes, plan
+from training.settings import TrainingSettings, base_entry
+from training.trigger_words import trigger_warnings
+
+FEW = 10
+"""Accepted pictures below which likeness suffers (peers ask for 10 to 30)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """checkpoints: LoRA files by step. lora: of the last step. memory: as planned. warnings: sentences for people."""
+
+    lora: Path
+    checkpoints: dict[int, Path]
+    outcome: Outcome
+    dataset: str
+    memory: MemoryPlan
+    warnings: tuple[str, ...]
+
+
+def train_lora(
+    settings: TrainingSettings,
+    examples: Sequence[Example],
+    trigger_word: str,
+    folder: Path,
+    cache: Path,
+    device: torch.device,
+    *,
+    report: Report = lambda progress: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    told: Told = lambda what, done, of: None,
+    catalog: Catalog | None = None,
+) -> Trained:
+    """cache: of latents and captions, shared by trainings. device: of this process. Every process of a distributed training calls it.
+
+    Raises UnknownModel, UnsupportedCombination, InvalidImage, InvalidRequest, NotEnoughMemory, TrainingDiverged, and what opening the
+    base model raises. Nothing is trained unless all is well up to the first step.
+    """
+    catalog = catalog if catalog is not None else load_catalog()
+    base = FluxBase(catalog, base_entry(settings, catalog), device, getattr(torch, settings.dtype))
+    warnings = warnings_of(examples, trigger_word, base)
+    memory = planned(settings, base, device)
+    data, sample_prompts = _encoded(settings, examples, trigger_word, cache, base, told)
+    _freed(device)
+    _kept_settings(settings, folder)
+    transformer = _arranged(base.transformer(), settings, memory)
+    card = LoraCard(base.entry.id, base.entry.family, trigger_word, data.hash, sum(not example.prior for example in examples))
+    sample = _sampler(settings, base, transformer, sample_prompts, folder / "samples") if sample_prompts is not None else None
+    trainer = Trainer(settings, transformer, data, folder / "checkpoints", card, sample)
+    outcome = trainer.run(newest_state(folder / "checkpoints"), report, cancelled)
+    if dist.is_initialized():
+        dist.barrier()
+    found = checkpoints(folder / "checkpoints")
+    if _first():
+        _put(found[outcome.step], folder / LORA)
+    return Trained(folder / LORA, found, outcome, data.hash, memory, warnings)
+
+
+def curated(folder: Path) -> tuple[list[Example], str]:
+    """The pictures of a dataset that `likeness dataset curate` made, and its trigger word. Raises InvalidRequest as `read_dataset`."""
+    from training.dataset.dataset import read_dataset
+
+    dataset = read_dataset(folder)
+    found = [
+        Example(folder / picture.file, picture.caption, None if picture.mask is None else folder / picture.mask)
+        for picture in dataset.pictures
+    ]
+    return found, dataset.trigger
+
+
+def planned(settings: TrainingSettings, base: FluxBase, device: torch.device) -> MemoryPlan:
+    """What the training will take of the device. Raises NotEnoughMemory, which says what would fit."""
+    targets = settings.targets_of(base.entry.family)
+    return plan(settings, base.outline(), targets, divisor_of(base.vae_config), base.text_tokens, free_bytes(device))
+
+
+def warnings_of(examples: Sequence[Example], trigger_word: str, base: FluxBase) -> tuple[str, ...]:
+    """Raises InvalidRequest where there is nothing to train on."""
+    subject = [example for example in examples if not example.prior]
+    if not subject:
+        raise InvalidRequest("There are no pictures of the subject to train on.", "Bring ten or more, each of the one person.")
+    few = [f"There are only {len(subject)} pictures; below {FEW} a LoRA learns them rather than the person."] if len(subject) < FEW else []
+    return (*few, *trigger_warnings(trigger_word, [example.caption for example in subject], base.tokenisers))
+
+
+def _encoded(
+    settings: TrainingSettings, examples: Sequence[Example], trigger_word: str, cache: Path, base: FluxBase, told: Told
+) -> tuple[TrainingSet, PromptEmbeds | None]:
+    """The data, and the prompts of samples. What encodes lives no longer than this call."""
+    captions = PromptCache(base.prompts(), folder=SharedFolder(cache / "captions"))
+    moments = MomentsCache(cache / "latents", base.vae, base.vae_revision())
+    data = prepare(
+        examples, captions, moments, resolutions=settings.resolutions, divisor=divisor_of(base.vae_config), max_length=base.text_tokens,
+        mask_weight=settings.mask_weight, held_out=settings.held_out, trigger_word=trigger_word, told=told,
+    )  # fmt: skip
+    return data, captions.encode(settings.sample_prompts, base.text_tokens) if settings.sample_every else None
+
+
+def _arranged(transformer: Any, settings: TrainingSettings, memory: MemoryPlan) -> Any:
+    if memory.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if settings.compile_blocks:
+        transformer.compile_repeated_blocks()
+    return transformer
+
+
+def _sampler(settings: TrainingSettings, base: FluxBase, transformer: Any, prompts: PromptEmbeds, folder: Path) -> Callable[[int], None]:
+    """Draws each sample prompt with the seed of its place, so that the samples of two checkpoints can be compared."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base.scheduler_folder, local_files_only=True)
+    pipe = FluxPipeline(
+        scheduler=scheduler,
+        vae=base.vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    side, usual = max(settings.resolutions), base.entry.defaults
+
+    def sample(step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(len(settings.sample_prompts)):
+            drawn = pipe(
+                prompt_embeds=prompts.states[number : number + 1].to(transformer.device),
+                pooled_prompt_embeds=prompts.pooled[number : number + 1].to(transformer.device),
+                width=side, height=side, num_inference_steps=int(str(usual.get("num_inference_steps", 28))),
+                guidance_scale=float(str(usual.get("guidance_scale", 3.5))),
+                generator=torch.Generator().manual_seed(settings.seed + number),
+            ).images[0]  # fmt: skip
+            drawn.save(folder / f"step-{step:06d}-{number}.png")
+
+    return sample
+
+
+def _kept_settings(settings: TrainingSettings, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if _first():
+        (folder / "settings.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def _put(source: Path, target: Path) -> None:
+    draft = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, draft)
+    os.replace(draft, target)
+
+
+def _freed(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
