@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-from sqlalchemy import select, text
+from sqlalchemy import select
 
 from deployments.errors import IdempotencyConflict
 from deployments.store.artifacts import ArtifactStore
-from deployments.store.engine import Database, open_engine, parsed
+from deployments.store.engine import Database
 from deployments.store.jobs import JobStore, Lease, NewJob
-from deployments.store.migrate import migrate
 from deployments.store.tables import Base
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" * 100
@@ -29,23 +27,6 @@ POOL = "draw"
 def new(**changed: Any) -> NewJob:
     said: dict[str, Any] = {"kind": "generate", "pool": POOL, "workflow": "flux-pulid", "input": {"prompt": "a portrait"}}
     return NewJob(**{**said, **changed})
-
-
-def database(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
-    """The URL of a database without any job. kind: `sqlite`, or `postgresql` by the fixture `server`."""
-    if kind == "sqlite":
-        url = f"sqlite:///{folder / 'new' / 'likeness.db'}"
-        migrate(url)
-        return url
-    server: str | None = request.getfixturevalue("server")
-    if server is None:
-        pytest.skip("PostgreSQL, or its driver psycopg, is not installed")
-    migrate(server)
-    engine = open_engine(parsed(server))
-    with engine.begin() as connection:
-        connection.execute(text("TRUNCATE jobs, job_lanes, webhook_secrets CASCADE"))
-    engine.dispose()
-    return server
 
 
 def files(folder: Path) -> list[Path]:

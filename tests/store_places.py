@@ -116,7 +116,7 @@ def postgres_server() -> Iterator[Postgres | None]:
     user = "nobody" if os.geteuid() == 0 else None
     if user is not None:
         shutil.chown(folder, user)
-    server = Postgres(programs, folder, _free_port(), user)
+    server = Postgres(programs, folder, free_port(), user)
     try:
         server.make()
         server.start()
@@ -146,7 +146,7 @@ def _programs() -> Path | None:
     return Path(places[-1]).parent if places else None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

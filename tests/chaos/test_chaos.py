@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import threading
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ from serve.cluster import serving
 from serve.job_answers import JobEvent
 from serve.settings import load_settings
 from tests.chaos.house import Database, House, Receiver, Sqlite, controller, database_away, full_disk, patiently, replica, small_disk
-from tests.store_places import postgres_server
+from tests.store_places import free_port, postgres_server
 
 ROUNDS = int(os.environ.get("LIKENESS_CHAOS_ROUNDS", "1"))
 JOBS, STEPS, SECONDS = 3, 12, 120
@@ -42,13 +41,6 @@ FAULTS: dict[str, Callable[[House], None]] = {
     "the disk fills up": full_disk,
     "the database is away for ten seconds": database_away,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -10,13 +9,7 @@ import pytest
 from deployments.store.settings import StoreSettings
 from serve.cluster import serving
 from serve.settings import AppSettings, load_settings
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+from tests.store_places import free_port
 
 
 @pytest.fixture(scope="session")

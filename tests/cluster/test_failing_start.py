@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from deployments.catalog import CATALOG_PATH
-from tests.cluster.conftest import free_port
+from tests.store_places import free_port
 
 PACK = CATALOG_PATH.parents[1] / "models" / "mini"
 

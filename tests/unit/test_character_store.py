@@ -25,33 +25,8 @@ from deployments.store.loras import LoraStore
 from deployments.store.migrate import migrate
 from deployments.store.tables import Base
 from tests.store_places import add as add_lora
-from tests.store_places import postgres
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str | None]:
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        found: str | None = f"sqlite:///{tmp_path / 'likeness.db'}"
-    else:
-        found = request.getfixturevalue("server")
-        if found is None:
-            pytest.skip("PostgreSQL, or its driver psycopg, is not installed")
-        engine = open_engine(parsed(found))
-        with engine.begin() as connection:
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
-        engine.dispose()
-    assert found is not None
-    migrate(found)
-    return found
 
 
 @pytest.fixture

@@ -17,12 +17,10 @@ import pytest
 import yaml
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
-from sqlalchemy import text
 from starlette.routing import Route
 
 from deployments.errors import Forbidden, InvalidCatalog
 from deployments.lora_server import LoraServer
-from deployments.store.engine import open_engine, parsed
 from deployments.store.keys import KeyLimits, KeyStore
 from deployments.store.migrate import migrate
 from deployments.store.settings import StoreSettings
@@ -35,32 +33,6 @@ from serve.ingress import Calls, api
 from tests.door_places import LIMIT, SETTINGS, WORKFLOWS, Place, at
 from tests.isolation import assert_isolated
 from tests.lora_serving import KOHYA, LorasOnly
-from tests.store_places import postgres
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str | None]:
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of a database that was migrated, with nothing in it."""
-    if request.param == "sqlite":
-        found = f"sqlite:///{tmp_path / 'likeness.db'}"
-    else:
-        given: str | None = request.getfixturevalue("server")
-        if given is None:
-            pytest.skip("PostgreSQL, or its driver psycopg, is not installed")
-        found = given
-        engine = open_engine(parsed(found))
-        with engine.begin() as connection:
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
-        engine.dispose()
-    migrate(found)
-    return found
 
 
 @pytest.fixture

@@ -14,38 +14,10 @@ from typing import Any, cast
 
 import pytest
 from fastapi import Response
-from sqlalchemy import text
 from starlette.types import Message
 
-from deployments.store.engine import open_engine, parsed
 from deployments.store.migrate import migrate
 from tests.door_places import Place, at
-from tests.store_places import postgres
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str | None]:
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of a database that was migrated, with nothing in it."""
-    if request.param == "sqlite":
-        found = f"sqlite:///{tmp_path / 'likeness.db'}"
-    else:
-        given: str | None = request.getfixturevalue("server")
-        if given is None:
-            pytest.skip("PostgreSQL, or its driver psycopg, is not installed")
-        found = given
-        engine = open_engine(parsed(found))
-        with engine.begin() as connection:
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
-        engine.dispose()
-    migrate(found)
-    return found
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from deployments.store.job_tables import ArtifactRow, AttemptRow, DeliveryRow, J
 from deployments.store.jobs import JobStore
 from tests.job_work import (
     PNG,
-    database,
     die_while_finishing,
     end_each,
     execute_all,
@@ -30,18 +29,7 @@ from tests.job_work import (
     submit_the_same,
     submitted,
 )
-from tests.store_places import at_once, postgres
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str | None]:
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database(request.param, request, tmp_path)
+from tests.store_places import at_once
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from tests.job_work import (
     PNG,
     POOL,
     PROBLEM,
-    database,
     files,
     finish,
     leased,
@@ -38,18 +37,6 @@ from tests.job_work import (
     rows,
     submitted,
 )
-from tests.store_places import postgres
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str | None]:
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database(request.param, request, tmp_path)
 
 
 @pytest.fixture

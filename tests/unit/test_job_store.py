@@ -28,7 +28,6 @@ from tests.job_work import (
     PNG,
     POOL,
     PROBLEM,
-    database,
     files,
     finish,
     kinds,
@@ -37,20 +36,8 @@ from tests.job_work import (
     rows,
     submitted,
 )
-from tests.store_places import postgres
 
 OURS = {"jobs", "job_lanes", "job_attempts", "job_events", "artifacts", "outbox", "webhook_secrets"}
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str | None]:
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database(request.param, request, tmp_path)
 
 
 @pytest.fixture

@@ -23,32 +23,6 @@ from deployments.store.key_tables import AuditRow, KeyRow
 from deployments.store.keys import KeyInfo, KeyLimits, KeyStore, is_key
 from deployments.store.migrate import migrate
 from deployments.store.tables import Base
-from tests.store_places import postgres
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str | None]:
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of a database that was migrated, with nothing in it."""
-    if request.param == "sqlite":
-        found = f"sqlite:///{tmp_path / 'likeness.db'}"
-    else:
-        given: str | None = request.getfixturevalue("server")
-        if given is None:
-            pytest.skip("PostgreSQL, or its driver psycopg, is not installed")
-        found = given
-        engine = open_engine(parsed(found))
-        with engine.begin() as connection:
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
-        engine.dispose()
-    migrate(found)
-    return found
 
 
 @pytest.fixture

@@ -23,15 +23,9 @@ from deployments.store.loras import LoraStore, bounded, labelled
 from deployments.store.migrate import migrate
 from deployments.store.settings import STORE_ROOT_VARIABLE, StoreSettings
 from deployments.store.tables import Base, LoraRow
-from tests.store_places import FILE, add, add_and_delete, add_here, at_once, migrate_here, postgres
+from tests.store_places import FILE, add, add_and_delete, add_here, at_once, migrate_here
 
 CONTENT, OTHER = b"of a LoRA " * 1000, b"of another"
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str | None]:
-    with postgres() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
