@@ -23,10 +23,11 @@ from tests.store_places import postgres
 _TESTS = Path(__file__).parent
 # Ray reads it when it is imported, which the collecting of some tests does.
 guard_ray_ports(folder=Path(tempfile.mkdtemp(prefix="likeness-ray-token-")))
-_TOGETHER = {"chaos": "ray", "cluster": "ray", "graph": "graph", "hostile": "hostile"}
+_TOGETHER = {"chaos": "ray", "cluster": "ray", "graph": "graph", "hostile": "hostile", "training_cluster": "ray"}
 """Folder -> group. What starts Ray, and what opens the whole application in its own process."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook of this name, which would come first
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         place = item.path.relative_to(_TESTS)

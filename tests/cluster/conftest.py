@@ -12,7 +12,7 @@ from serve.settings import AppSettings, load_settings
 from tests.store_places import free_port
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> AppSettings:
     """Those of one machine, with a queue so short that a test can fill it, and a store of the tests' own."""
     folder = tmp_path_factory.mktemp("store")
@@ -22,7 +22,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> AppSettings:
     return local.model_copy(update={"denoiser": local.denoiser.model_copy(update={"pool": pool}), "store": store})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def url(settings: AppSettings) -> Iterator[str]:
     with serving(settings, port=free_port()) as address:
         yield address

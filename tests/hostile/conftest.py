@@ -15,7 +15,7 @@ from tests.whole_application import DOOR, Whole, whole
 LIMIT = 32 * 2**20
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     """Pictures by address are on, as an operator may have it: so the guard is what refuses."""
     folder = tmp_path_factory.mktemp("hostile-store")
