@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from deployments.contracts import RGB, Face, Floats, PictureFaces
-from deployments.identity.blending import SAME_PERSON_FROM, frontality, quality, sharpness
+from deployments.identity.blending import SAME_PERSON_FROM, frontality, quality, sharpness, yaw
 from deployments.store.character_values import Judgement, Notice, PictureFacts, PictureFormat, Reason, Verdict
 
 BLURRED: Final = 25.0
@@ -33,9 +33,6 @@ _LOW_QUALITY: Final = 0.15
 _FEW: Final = 3
 """Below, nobody can be outvoted: of two pictures that differ, either may be the stranger."""
 _ONE_ANGLE_DEGREES: Final = 15.0
-# The nose stands beneath an eye, where frontality is 0, at a turn of some 55 degrees (blending.py): its height over the line of the eyes,
-# in halves of their distance, follows from that.
-_NOSE_HEIGHT: Final = 1 / np.tan(np.radians(55.0))
 _BLOCK_PX: Final = 8
 # Steps at the borders of blocks, over those elsewhere, less 1. Mini's references have up to 0.55 as PNG files; saved as JPEG of quality
 # 30 and then as PNG 0.75 to 1.8, of quality 10 2.3 and more.
@@ -168,8 +165,6 @@ def of_face(facts: PictureFacts, face: Face) -> PictureFacts:
     """The picture's facts with those of one of its faces, which needs embedding, judge and aligned."""
     if face.embedding is None or face.judge_embedding is None or face.aligned is None:
         raise ValueError("A face is measured by its embeddings and its crop: analyse it with the needs embedding, judge and aligned.")
-    front = float(frontality(face.landmarks))
-    turned = np.degrees(np.arctan((1 - front) / _NOSE_HEIGHT)) * _side(face.landmarks)
     return replace(
         facts,
         box=cast(tuple[float, float, float, float], tuple(round(float(side), 1) for side in face.box)),
@@ -179,18 +174,12 @@ def of_face(facts: PictureFacts, face: Face) -> PictureFacts:
         sex=face.sex,
         size=round(float((face.box[2:] - face.box[:2]).min()), 1),
         sharpness=round(sharpness(face.aligned), 1),
-        frontality=round(front, 3),
-        yaw=round(float(turned), 1),
+        frontality=round(frontality(face.landmarks), 3),
+        yaw=round(yaw(face.landmarks), 1),
         quality=round(quality(face) * (1 - facts.compression), 4),
         embedding=_packed(face.embedding),
         judge_embedding=_packed(face.judge_embedding),
     )
-
-
-def _side(landmarks: Floats) -> float:
-    """1 where the nose is beyond the middle of the eyes, seen from the picture's left eye, else -1."""
-    first, second, nose = landmarks[:3].astype(np.float64)
-    return 1.0 if (nose - (first + second) / 2) @ (second - first) >= 0 else -1.0
 
 
 def _unusable(pictures: Sequence[PictureFacts], smallest_px: float) -> list[Reason | None]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive
 
 from deployments.errors import InvalidRequest, TooLarge
 from deployments.images import from_text
 from deployments.store.character_values import MOST_PICTURES
-from serve.problem import given_twice, invalid, once
+from serve.bodies import MULTIPART, counted, json_object, media_of, refuse_query, unreadable
+from serve.problem import given_twice, invalid
 
-_MULTIPART = "multipart/form-data"
 _TEXT_BYTES = 64 * 2**10
 _FILES = frozenset({"pictures", "file"})
 _REMEDY = "Send JSON (content-type: application/json) or a form (multipart/form-data)."
@@ -89,14 +87,9 @@ Body = TypeVar("Body", bound=BaseModel)
 
 async def body_of(request: Request, kind: type[Body], limit: int) -> Body:
     """Raises InvalidRequest for a body that is none of its kind, InvalidImage for base64 that is none, TooLarge above `limit` bytes."""
-    if request.url.query:
-        raise InvalidRequest("What stands behind the `?` of the address is not read.", "Put every field into the body.")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 18 or int(length) > limit):
-        raise _too_large(limit)
-    counted = Request(request.scope, _counted(request.receive, limit))
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    fields = await _form(counted) if media == _MULTIPART else _json(await counted.body())
+    refuse_query(request)
+    body = counted(request, limit, TooLarge(f"The body is larger than {limit} bytes.", "Send smaller pictures, or fewer at a time."))
+    fields = await _form(body) if media_of(request) == MULTIPART else json_object(await body.body(), _REMEDY)
     pictures = fields.get("pictures")
     if isinstance(pictures, list) and len(pictures) > MOST_PICTURES:  # before any of them is unpacked
         message = f"`pictures` has {len(pictures)} pictures; a character has at most {MOST_PICTURES}."
@@ -110,23 +103,8 @@ async def body_of(request: Request, kind: type[Body], limit: int) -> Body:
 def documented(kind: type[BaseModel]) -> dict[str, Any]:
     """What a route takes, for the OpenAPI document."""
     schema = kind.model_json_schema()
-    medias = ("application/json", _MULTIPART) if _FILES & kind.model_fields.keys() else ("application/json",)
+    medias = ("application/json", MULTIPART) if _FILES & kind.model_fields.keys() else ("application/json",)
     return {"requestBody": {"required": True, "content": {media: {"schema": schema} for media in medias}}}
-
-
-def _counted(receive: Receive, limit: int) -> Receive:
-    """The same messages, as long as their bodies hold no more than `limit` bytes."""
-    total = 0
-
-    async def counting() -> Message:
-        nonlocal total
-        message = await receive()
-        total += len(message.get("body", b""))
-        if total > limit:
-            raise _too_large(limit)
-        return message
-
-    return counting
 
 
 async def _form(request: Request) -> dict[str, Any]:
@@ -143,20 +121,6 @@ async def _form(request: Request) -> dict[str, Any]:
                     raise given_twice(name)
                 else:
                     fields[name] = await value.read() if isinstance(value, UploadFile) else value
-    except HTTPException as error:  # how Starlette refuses one
-        raise InvalidRequest(f"The form cannot be read: {error.detail}", "Send it as a browser or curl -F does.") from error
+    except HTTPException as error:
+        raise unreadable(error) from error
     return fields
-
-
-def _json(content: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(content, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("The body is no JSON.", _REMEDY) from error
-    if not isinstance(fields, dict):
-        raise InvalidRequest("The body is not a JSON object.", _REMEDY)
-    return fields
-
-
-def _too_large(limit: int) -> TooLarge:
-    return TooLarge(f"The body is larger than {limit} bytes.", "Send smaller pictures, or fewer at a time.")

@@ -170,7 +170,7 @@ def import_face_model(
 def _characters(server: str | None) -> Iterator[Characters | _Here]:
     if server is not None:
         with Client(server) as client:
-            yield Characters(client._http)
+            yield client.characters
         return
     here = _Here()
     try:

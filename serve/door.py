@@ -28,7 +28,7 @@ from serve.callers import SCOPES, Caller
 from serve.door_settings import DoorSettings, refuse_other_pages
 from serve.keyring import Keyring
 from serve.limits import Body, Buckets, Clock, UnderWay, neighbourhood, refuse_length
-from serve.problem import MEDIA_TYPE, problem_of
+from serve.problem import MEDIA_TYPE, RETRY_AFTER_S, problem_of
 
 _LOG = logging.getLogger("likeness")
 # Headers by which a caller could change what Ray Serve does with the request behind our back.
@@ -38,7 +38,6 @@ _METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"
 _SUBJECT = re.compile(r"[a-z]{1,16}_[0-9a-f]{12,32}")
 _ACTION_CHARACTERS = 200
 _LEFT = 499  # nginx's number for a client that has gone
-_RETRY_AFTER_S = 2
 _CSP = "default-src 'none'; frame-ancestors 'none'; sandbox"
 # Swagger UI as FastAPI serves it: its program and style from that host, and a script and styles inside the page.
 _DOCS_CSP = (
@@ -188,7 +187,7 @@ async def _refuse(visit: _Visit, answer: _Answer, error: LikenessError) -> None:
     if problem.status == 401:
         headers["www-authenticate"] = 'Bearer realm="likeness"'
     if problem.status in (429, 503):
-        headers["retry-after"] = str(error.details.get("retry_after_s", _RETRY_AFTER_S))
+        headers["retry-after"] = str(error.details.get("retry_after_s", RETRY_AFTER_S))
     _LOG.info("request %s, %s %s, is refused: %s", visit.request, visit.method, visit.prefix, problem.code)
     await answer.instead(problem.status, headers, problem.model_dump_json().encode())
 

@@ -25,6 +25,7 @@ from deployments import metrics
 from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull, ReplicaLost, TooLarge
 from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
 from serve.attachments import PICTURE_FIELDS
+from serve.bodies import MULTIPART, counted, media_of, refuse_query, unreadable
 from serve.callers import caller_of
 from serve.characters import CharacterDesk, add_character_routes
 from serve.job_desk import JobDesk
@@ -33,14 +34,12 @@ from serve.loras import LoraCalls, add_lora_routes
 from serve.metrics_page import add_metrics_route
 from serve.openapi import Application
 from serve.presets import Preset, load_presets
-from serve.problem import MEDIA_TYPE, Problem, once, problem_of
+from serve.problem import MEDIA_TYPE, RETRY_AFTER_S, Problem, once, problem_of
 from serve.readiness import Readiness, add_ready_route, in_one_process
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
 from serve.waiting import preferred
 
 _LOG = logging.getLogger("likeness")
-_RETRY_AFTER_S = 2
-_MULTIPART = "multipart/form-data"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": text}
     for code, text in ((422, "The request cannot be done; `code` says why, `remedy` what to do."), (429, "As many wait as may wait."))
@@ -50,8 +49,6 @@ _ADDRESS = {404: ("not_found", "There is no such address."), 405: ("method_not_a
 _STRUCTURED = frozenset({"identity", "identities", "reference_images", "loras", "controls"})
 # A body has people, their pictures and a few fields: far fewer values, in far fewer levels. (Ray cannot send deep ones on.)
 _MOST_LEVELS, _MOST_VALUES = 16, 10_000
-# No number of bytes that a body may have is longer.
-_LENGTH_DIGITS = 18
 # What Ray raises, by name, where the process that worked on a request is gone or going.
 _DEATHS = frozenset({"RayActorError", "WorkerCrashedError", "NodeDiedError", "DeploymentUnavailableError", "OutOfMemoryError"})
 
@@ -164,7 +161,7 @@ def _route(app: FastAPI, path: str, function: Any, body: type[BaseModel], answer
     """The body is read and checked by ourselves; what it is stands in the documentation all the same."""
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     parts = schema.pop("$defs", {})
-    content = {media: {"schema": _inlined(schema, parts)} for media in ("application/json", _MULTIPART)}
+    content = {media: {"schema": _inlined(schema, parts)} for media in ("application/json", MULTIPART)}
     extra = {"requestBody": {"required": True, "content": content}}
     app.add_api_route(
         path, function, methods=["POST"], response_model=answer, responses=_ERRORS, openapi_extra=extra,
@@ -185,23 +182,17 @@ def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:
     """JSON, or a form whose files are pictures. Raises InvalidRequest for anything else, and for more than `limit` bytes."""
-    if request.url.query:
-        raise InvalidRequest("What stands behind the `?` of the address is not read.", "Put every field into the body.")
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media == _MULTIPART:
-        return await _form(request, limit)
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > limit:
-            raise _too_large(limit)
-    body = _parsed(content, "The body")
+    refuse_query(request)
+    sized = counted(request, limit, _too_large(limit))
+    if media_of(request) == MULTIPART:
+        return await _form(sized, limit)
+    body = _parsed(await sized.body(), "The body")
     if not isinstance(body, dict):
         raise InvalidRequest("The body is not a JSON object.", 'Send fields and their values: {"prompt": "..."}.')
     return body
 
 
-def _parsed(text: bytearray | str, what: str) -> Any:
+def _parsed(text: bytes | str, what: str) -> Any:
     """JSON in which no name is given twice, of no more levels and values than a request can have. Raises InvalidRequest."""
     tangled = InvalidRequest(f"{what} has more levels or more values than any request has.", "Send fields of a request, see /docs.")
     try:
@@ -232,8 +223,6 @@ async def _form(request: Request, limit: int) -> dict[str, Any]:
     length = request.headers.get("content-length", "")
     if not (length.isascii() and length.isdecimal()):
         raise InvalidRequest("The form does not say how long it is.", "Send the header content-length.")
-    if len(length) > _LENGTH_DIGITS or int(length) > limit:
-        raise _too_large(limit)
     body: dict[str, Any] = {}
     try:
         async with request.form(max_files=64, max_part_size=limit) as form:
@@ -241,9 +230,7 @@ async def _form(request: Request, limit: int) -> dict[str, Any]:
                 values = [await _value(name, item) for item in form.getlist(name)]
                 body[name] = values if len(values) > 1 or (name == "reference_images" and not isinstance(values[0], list)) else values[0]
     except HTTPException as error:  # how Starlette refuses one
-        raise InvalidRequest(
-            f"The form cannot be read: {error.detail}", "Send multipart/form-data as a browser or curl -F does."
-        ) from error
+        raise unreadable(error) from error
     return body
 
 
@@ -276,7 +263,7 @@ async def _answer(request: Request, error: BaseException) -> Response:
         problem = problem_of(told(error)).model_copy(update={"request_id": caller_of(request).request or None})
     metrics.failed(problem.code)
     if problem.status in (429, 503):
-        headers["retry-after"] = str(problem.details.get("retry_after_s", _RETRY_AFTER_S))
+        headers["retry-after"] = str(problem.details.get("retry_after_s", RETRY_AFTER_S))
     return Response(problem.model_dump_json(), status_code=problem.status, media_type=MEDIA_TYPE, headers=headers)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Protocol
@@ -16,15 +15,15 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive
 
 from deployments.errors import InvalidRequest, TooLarge
 from deployments.store.loras import LoraInfo
 from serve.answers import LoraDeleted, LoraItem, LorasResponse
-from serve.problem import MEDIA_TYPE, Problem, given_twice, invalid, once
+from serve.bodies import MULTIPART, counted, json_object, media_of, refuse_query, unreadable
+from serve.problem import MEDIA_TYPE, Problem, given_twice, invalid
 
 _PATH, _ONE = "/v1/loras", "/v1/loras/{id}"
-_MULTIPART = "multipart/form-data"
+_REMEDY = "Send JSON with `file` (base64) and `name`, or a form with the file."
 # What a form or JSON has around the file: three short texts and their names.
 _AROUND_BYTES = 64 * 2**10
 _GONE: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": "You have no such LoRA."}}
@@ -99,20 +98,15 @@ class LoraUpload(BaseModel):
 def _documented() -> dict[str, Any]:
     schema = LoraUpload.model_json_schema()
     as_form = {**schema, "required": ["file"]}
-    return {"required": True, "content": {_MULTIPART: {"schema": as_form}, "application/json": {"schema": schema}}}
+    return {"required": True, "content": {MULTIPART: {"schema": as_form}, "application/json": {"schema": schema}}}
 
 
 async def _upload(request: Request, limit: int) -> LoraUpload:
     """Raises InvalidRequest for a body that is none, or is larger than a file of `limit` bytes makes it."""
-    if request.url.query:
-        raise InvalidRequest("What stands behind the `?` of the address is not read.", "Put every field into the body.")
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    as_form = media == _MULTIPART
-    bound = (limit if as_form else limit * 4 // 3 + 4) + _AROUND_BYTES
-    if (length := request.headers.get("content-length", "")).isdecimal() and len(length) < 19 and int(length) > bound:
-        raise _too_large(limit)
-    counted = Request(request.scope, _counted(request.receive, bound, limit))
-    fields = await _form(counted) if as_form else _json(await counted.body())
+    refuse_query(request)
+    as_form = media_of(request) == MULTIPART
+    body = counted(request, (limit if as_form else limit * 4 // 3 + 4) + _AROUND_BYTES, _too_large(limit))
+    fields = await _form(body) if as_form else json_object(await body.body(), _REMEDY)
     try:
         upload = LoraUpload.model_validate(fields)
     except ValidationError as error:
@@ -120,21 +114,6 @@ async def _upload(request: Request, limit: int) -> LoraUpload:
     if len(upload.file) > limit:
         raise _too_large(limit)
     return upload
-
-
-def _counted(receive: Receive, bound: int, limit: int) -> Receive:
-    """The same messages, as long as their bodies hold no more than `bound` bytes."""
-    total = 0
-
-    async def counting() -> Message:
-        nonlocal total
-        message = await receive()
-        total += len(message.get("body", b""))
-        if total > bound:
-            raise _too_large(limit)
-        return message
-
-    return counting
 
 
 async def _form(request: Request) -> dict[str, Any]:
@@ -151,25 +130,14 @@ async def _form(request: Request) -> dict[str, Any]:
             if isinstance(file, UploadFile):
                 fields.setdefault("name", _called(file.filename or ""))
                 fields["file"] = await file.read()
-    except HTTPException as error:  # how Starlette refuses one
-        raise InvalidRequest(f"The form cannot be read: {error.detail}", "Send it as a browser or curl -F does.") from error
+    except HTTPException as error:
+        raise unreadable(error) from error
     return fields
 
 
 def _called(filename: str) -> str:
     """Without its folders, of whichever system, and its ending."""
     return re.split(r"[/\\]", filename)[-1].removesuffix(".safetensors")
-
-
-def _json(content: bytes) -> dict[str, Any]:
-    remedy = "Send JSON with `file` (base64) and `name`, or a form with the file."
-    try:
-        fields = json.loads(content, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("The body is no JSON.", remedy) from error
-    if not isinstance(fields, dict):
-        raise InvalidRequest("The body is not a JSON object.", remedy)
-    return fields
 
 
 def _too_large(limit: int) -> TooLarge:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from deployments.errors import InvalidRequest, LikenessError
 
 MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 2
+"""Of an answer that says when to come again, where nothing tells how long that takes: a picture of the embedded model."""
 _TYPE_PREFIX = "urn:likeness:problem:"
 # Of a rejected value, what an error may repeat: a picture in base64 would fill the log.
 _SHOWN_CHARACTERS = 60

@@ -37,6 +37,9 @@ _SHARPNESS_PX: Final = 128
 _HALF_SHARP: Final = 100.0
 # No factor is less: a reference is weighed, not dropped. One that is bad in every way has 1 / 160,000 of the weight of a perfect one.
 _LEAST: Final = 0.05
+# The nose stands beneath an eye, where frontality is 0, at a turn of some 55 degrees: its height over the line of the eyes, in halves of
+# their distance, follows from that.
+_NOSE_HEIGHT: Final = float(1 / np.tan(np.radians(55.0)))
 _LUMA: Final = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
@@ -122,6 +125,13 @@ def frontality(landmarks: Floats) -> float:
     across = second - first
     along = float((nose - first) @ across / max(float(across @ across), 1e-6))
     return 1 - abs(2 * along - 1)
+
+
+def yaw(landmarks: Floats) -> float:
+    """landmarks [5, 2] of a Face -> degrees, estimated; above 0 where the nose points to the picture's right."""
+    first, second, nose = landmarks[:3].astype(np.float64)
+    turned = float(np.degrees(np.arctan((1 - frontality(landmarks)) / _NOSE_HEIGHT)))
+    return turned if (nose - (first + second) / 2) @ (second - first) >= 0 else -turned
 
 
 def sharpness(crop: RGB) -> float:

@@ -6,7 +6,6 @@ Knows neither owners nor the database: who may need a file, and when nobody does
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from deployments.errors import StoreUnavailable
+from deployments.store.durable import moved, written
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ARRIVING = "arriving"
@@ -52,7 +52,7 @@ class ContentFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _writable(self._root):
-                _write(path, content)
+                written(path, content)
             yield Arrival(path, hashlib.sha256(content).hexdigest(), len(content))
         finally:
             path.unlink(missing_ok=True)
@@ -61,9 +61,7 @@ class ContentFolder:
         """Moves the file to its place, over an equal one that is there already."""
         target = self.path(arrival.sha256)
         with _writable(self._root):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(arrival.path, target)
-            _remember(target.parent)
+            moved(arrival.path, target)
 
     def remove(self, sha256: str) -> None:
         with _writable(self._root):
@@ -89,19 +87,3 @@ def _writable(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreUnavailable(f"The folder {root} of the store cannot be written: {error.strerror}.") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _remember(folder: Path) -> None:
-    """A renamed file survives a power cut once its folder was written out too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

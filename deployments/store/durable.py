@@ -14,11 +14,8 @@ def placed(arriving: Path, content: bytes, target: Path) -> None:
     have to be made. Raises OSError, and then leaves neither."""
     arriving.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with arriving.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _remember(target, _move(arriving, target))
+        written(arriving, content)
+        moved(arriving, target)
     except BaseException:
         arriving.unlink(missing_ok=True)
         raise
@@ -42,6 +39,19 @@ def renamed_first(arriving: Path, content: bytes, target: Path) -> None:
     except BaseException:
         (target if moved else arriving).unlink(missing_ok=True)
         raise
+
+
+def written(path: Path, content: bytes) -> None:
+    """Writes a new file in a folder that is there, out to the disk. Raises OSError, and may leave a part of it."""
+    with path.open("xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def moved(arriving: Path, target: Path) -> None:
+    """Renames a file that was written, over one that is there, into a folder that may have to be made; it lasts. Raises OSError."""
+    _remember(target, _move(arriving, target))
 
 
 def remember(folder: Path) -> None:

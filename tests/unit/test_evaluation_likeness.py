@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from deployments.contracts import Floats
-from deployments.curation import measured as curated
 from deployments.errors import NoFaceDetected
-from deployments.face_server import FaceServer
-from deployments.images import decode, encode
+from deployments.identity.blending import yaw
+from deployments.images import encode
 from tests.evaluation_subjects import FACES, flat, sample
 from training.evaluation.cases import Subject
-from training.evaluation.likeness import Look, copy_paste, known, leave_one_out, measured, real_copy_paste, unit, yaw_of
+from training.evaluation.likeness import Look, copy_paste, known, leave_one_out, measured, real_copy_paste, unit
 from training.evaluation.run import looking
 
 
@@ -94,18 +93,10 @@ def test_references_without_any_face_are_refused(look: Look) -> None:
         known(Subject(name="nobody", references=[encode(flat())]), look)
 
 
-def test_turns_are_those_that_curation_reports() -> None:
-    server = FaceServer(FACES)
-    for name in ("ada", "dario"):
-        data = sample(name, 3)
-        (found,) = server.analyze([data], ("embedding", "judge", "aligned"))
-        assert round(yaw_of(found.faces[0].landmarks), 1) == curated(data, decode(data), found).yaw
-
-
 def test_turns_have_a_side() -> None:
     for nose, degrees in ((50, 0), (70, 55), (30, -55)):
         landmarks = np.array([[30, 40], [70, 40], [nose, 60], [35, 80], [65, 80]], np.float32)
-        assert yaw_of(landmarks) == pytest.approx(degrees, abs=0.1)
+        assert yaw(landmarks) == pytest.approx(degrees, abs=0.1)
 
 
 def _vector(look: Look, data: bytes) -> Floats:

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deployments.contracts import Face, Floats, PictureFaces
 from deployments.errors import NoFaceDetected
-from deployments.identity.blending import frontality
+from deployments.identity.blending import yaw
 from training.evaluation.cases import Subject
 
 Look = Callable[[Sequence[bytes]], Sequence[PictureFaces]]
 """Encoded pictures -> their faces, the largest first, with the judge's embeddings, and sex where there is a model for it."""
-
-# Frontality is 0 where the nose stands beneath an eye, at a turn of some 55 degrees (deployments/identity/blending.py, as curation.py).
-_NOSE_HEIGHT: Final = float(1 / np.tan(np.radians(55.0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +90,7 @@ def measured(found: PictureFaces, person: Known) -> Measured:
         faces=len(found.faces),
         score=float(face.score),
         face_px=float((face.box[2:] - face.box[:2]).min()),
-        yaw=yaw_of(face.landmarks),
+        yaw=yaw(face.landmarks),
         identity=float(person.centroid @ vector),
         held_out=None if target is None else float(target @ vector),
         nearest=float(cosines.max()),
@@ -139,13 +136,6 @@ def real_copy_paste(references: Floats) -> list[float]:
         return []
     scores = (copy_paste(row, np.delete(references, place, axis=0), None) for place, row in enumerate(references))
     return [score for score in scores if score is not None]
-
-
-def yaw_of(landmarks: Floats) -> float:
-    """landmarks [5, 2], pixels, as insightface orders them -> degrees; above 0 where the nose points to the picture's right."""
-    first, second, nose = landmarks[:3].astype(np.float64)
-    turned = float(np.degrees(np.arctan((1 - frontality(landmarks)) / _NOSE_HEIGHT)))
-    return turned if (nose - (first + second) / 2) @ (second - first) >= 0 else -turned
 
 
 def unit(vectors: Floats) -> Floats:
