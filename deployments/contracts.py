@@ -263,6 +263,17 @@ class PictureProgress:
 
 
 @dataclass(frozen=True, eq=False)
+class WorkProgress:
+    """How far a job is that is more than the drawing of its pictures. stage: what is being done now. step of steps: of the part that takes
+    longest. facts: what else there is to tell of this moment, plain JSON (`loss`)."""
+
+    stage: str
+    step: int
+    steps: int
+    facts: Mapping[str, float | str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Drawn:
     """The finished picture, and the seconds spent on each stage of drawing it. left_out: of each identity's references, see
     IdentityTokens."""

@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deployments.contracts import PictureProgress
+from deployments.contracts import PictureProgress, WorkProgress
 from deployments.errors import Cancelled, LikenessError, ModeratedInput, ModeratedOutput, QueueFull, ReplicaLost, StoreUnavailable
 from deployments.store.job_values import JobInfo, Lease
-from deployments.store.jobs import JobStore
+from deployments.store.jobs import KEEP_S, JobStore, Within
 from deployments.webhooks import WebhookSettings
 
 _LOG = logging.getLogger("likeness.jobs")
@@ -34,7 +34,7 @@ _STUCK_AFTER_S = 120.0
 _FINISH_PAUSES_S = 0.2, 5.0
 _Result = TypeVar("_Result")
 
-Report = Callable[[PictureProgress], None]
+Report = Callable[[PictureProgress | WorkProgress], None]
 """Takes every step; of those that come too fast for the store the last is written."""
 Problems = Callable[[LikenessError], Mapping[str, Any]]
 """An error as it is kept and shown: RFC 9457 as JSON."""
@@ -42,11 +42,13 @@ Problems = Callable[[LikenessError], Mapping[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """What a job leaves. answer: JSON, whose `data` has an item for each of pictures: (bytes, media type). timings: seconds by stage."""
+    """What a job leaves. answer: JSON, whose `data` has an item for each of pictures: (bytes, media type). timings: seconds by stage.
+    within: what is done in the transaction in which the job succeeds, hence exactly if it does."""
 
     answer: Mapping[str, Any]
     pictures: Sequence[tuple[bytes, str]] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+    within: Within | None = None
 
 
 Execute = Callable[[Lease, Report], Awaitable[Finished]]
@@ -72,7 +74,7 @@ class JobSettings(BaseModel):
     finish_s: float = Field(default=60.0, ge=0)
     reap_s: float = Field(default=3.0, gt=0)
     expire_s: float = Field(default=60.0, gt=0)
-    keep_s: float = Field(default=7 * 86_400.0, gt=0)
+    keep_s: float = Field(default=KEEP_S, gt=0)
     quota: int | None = Field(default=None, ge=1)
     room: int = Field(default=10_000, ge=1)
     webhooks: WebhookSettings = WebhookSettings()
@@ -125,16 +127,17 @@ class Loop:
 class _Telling:
     """Progress on its way into the store, no faster than it may be written."""
 
-    def __init__(self, write: Callable[[PictureProgress], Awaitable[None]], every_s: float) -> None:
+    def __init__(self, write: Callable[[PictureProgress | WorkProgress], Awaitable[None]], every_s: float) -> None:
         self._write, self._every_s = write, every_s
-        self._next: PictureProgress | None = None
+        self._next: PictureProgress | WorkProgress | None = None
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
-    def tell(self, event: PictureProgress) -> None:
+    def tell(self, event: PictureProgress | WorkProgress) -> None:
         before = self._next
-        keep = event.preview is None and before is not None and before.preview is not None
-        self._next = replace(event, preview=before.preview) if keep and before is not None else event
+        if isinstance(event, PictureProgress) and isinstance(before, PictureProgress) and event.preview is None:
+            event = replace(event, preview=before.preview)
+        self._next = event
         self._news.set()
 
     def close(self) -> None:
@@ -269,15 +272,15 @@ class Runner:
         error = Cancelled("The runner stops.") if work.cancelled() else work.exception()
         if error is None:
             done = work.result()
-            return partial(self._store.succeed, lease, done.answer, done.pictures, done.timings)
+            return partial(self._store.succeed, lease, done.answer, done.pictures, done.timings, done.within)
         if self._stopping or held.lost:
             return partial(self._store.release, lease)
-        told, again = _told(error)
-        if isinstance(told, QueueFull):
+        problem, again = told(error)
+        if isinstance(problem, QueueFull):
             self._rests_until[lease.job.pool] = time.monotonic() + self._settings.busy_s
             return partial(self._store.release, lease)
-        moderated = isinstance(told, ModeratedInput | ModeratedOutput)
-        return partial(self._store.fail, lease, self._problems(told), retryable=again, moderated=moderated)
+        moderated = isinstance(problem, ModeratedInput | ModeratedOutput)
+        return partial(self._store.fail, lease, self._problems(problem), retryable=again, moderated=moderated)
 
     async def _concluded(self, held: _Held, conclude: Callable[[], object]) -> JobInfo | None:
         """Tries until the store has taken it, or has told that the lease is lost. The job as it is then, where it was ours until then."""
@@ -301,12 +304,10 @@ class Runner:
             pause = min(2 * pause, longest)
         return None
 
-    async def _progress(self, lease: Lease, event: PictureProgress) -> None:
-        step, steps = event.picture * event.total + event.step, event.pictures * event.total
-        write = partial(self._store.progress, lease, picture=event.picture, pictures=event.pictures, step=step, steps=steps)
+    async def _progress(self, lease: Lease, event: PictureProgress | WorkProgress) -> None:
         # Of progress that is lost the next tells more.
         with suppress(StoreUnavailable):
-            if not await self._call(write, preview=event.preview) and (held := self._held.get(lease.job.id)) is not None:
+            if not await self._call(self._store.progress, lease, **_noted(event)) and (held := self._held.get(lease.job.id)) is not None:
                 held.lose()
 
     async def _check(self) -> None:
@@ -329,7 +330,15 @@ class Runner:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(method, *args, **named))
 
 
-def _told(error: BaseException) -> tuple[LikenessError, bool]:
+def _noted(event: PictureProgress | WorkProgress) -> dict[str, Any]:
+    """As the store takes it."""
+    if isinstance(event, WorkProgress):
+        return {"step": event.step, "steps": event.steps, "facts": {"stage": event.stage, **event.facts}}
+    step, steps = event.picture * event.total + event.step, event.pictures * event.total
+    return {"picture": event.picture, "pictures": event.pictures, "step": step, "steps": steps, "preview": event.preview}
+
+
+def told(error: BaseException) -> tuple[LikenessError, bool]:
     """What went wrong, and whether another attempt may do better. Ray's own errors are told by name, so that this file needs no Ray."""
     while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
         error = cause

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from deployments import metrics
 from deployments.contracts import PictureProgress
 from deployments.errors import JobNotFound, ReplicaLost, StoreUnavailable
-from deployments.job_runner import Finished, JobSettings, Loop, Problems, Report, Runner
+from deployments.job_runner import Execute, Finished, JobSettings, Loop, Problems, Report, Runner
 from deployments.store.artifacts import ArtifactStore
 from deployments.store.job_values import JobInfo, Lease
 from deployments.store.jobs import JobStore
@@ -27,6 +27,9 @@ from deployments.webhooks import Guard, Sender
 _PREVIEWS = 4
 """Small pictures on the way of each picture, where a job asks for them."""
 _BEATS = 3
+
+Crew = Callable[[JobStore, Any], tuple[Mapping[str, Execute], Sequence[Loop]]]
+"""(store, handle of Workflows) -> executors by kind, and what else is to be seen to now and then. Called in the event loop."""
 
 
 class JobServer:
@@ -40,19 +43,22 @@ class JobServer:
         guard: Guard,
         problems: Problems,
         body: Callable[[JobInfo], bytes],
+        crew: Crew | None = None,
     ) -> None:
-        """workflows: the handle of Workflows. body: of a webhook, what the address of the job answers."""
+        """workflows: the handle of Workflows. body: of a webhook, what the address of the job answers. crew: who does other kinds."""
         self._store = open_jobs(store, settings.keep_s)
         self._body = body
         self._sender = Sender(self._store.outbox, self._body_of, guard, settings.webhooks)
         self._posting = Loop("webhooks", self._sender.turn, settings.poll_s)
         # Half as often as progress is written down: what is told is never much older than that.
-        executors = {"generate": partial(generate, workflows, self._store, every_s=settings.progress_s / 2)}
+        own = {"generate": partial(generate, workflows, self._store, every_s=settings.progress_s / 2)}
+        further, chores = ({}, ()) if crew is None else crew(self._store, workflows)
+        executors: dict[str, Execute] = {**own, **further}
         self._runner = Runner(self._store, executors, settings, problems, ended=self._ended)
         self._patient_until, self._patience_s = time.monotonic(), _BEATS * settings.heartbeat_s
         expire = partial(asyncio.to_thread, self._store.expire)
         reaping, expiring = Loop("leases that ran out", self._reap, settings.reap_s), Loop("what expires", expire, settings.expire_s)
-        self._loops = reaping, expiring, self._posting
+        self._loops = reaping, expiring, self._posting, *chores
         running = [self._runner.run(), *(loop.run() for loop in self._loops)]
         self._running = [asyncio.get_running_loop().create_task(one) for one in running]
         # Serve calls it by this name when the replica goes. On the class, Python's collector would call it too, and await nothing.

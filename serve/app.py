@@ -28,6 +28,7 @@ from serve.ingress import HandleCalls
 from serve.job_answers import body_of, problem_json
 from serve.readiness import Part, Readiness
 from serve.settings import QUIET, AppSettings, Pool, TorchPool
+from serve.training_crew import training_crew
 from serve.workflows import Workflows
 
 # A replica that is found again after the controller has died, or that is to move to another node, works meanwhile.
@@ -80,7 +81,7 @@ def build(settings: AppSettings) -> Application:
     """The whole application, with its HTTP door: `ray.serve.run(build(settings))`, or `import_path: serve.app:build`."""
     workflows = build_workflows(settings)
     runners = _deployed(JobServer, settings.runners.pool).bind(
-        settings.jobs, settings.store, workflows, webhook_guard(settings), problem_json, body_of
+        settings.jobs, settings.store, workflows, webhook_guard(settings), problem_json, body_of, training_crew(settings)
     )
     bound: Application = _deployed(Ingress, settings.ingress).bind(settings, workflows, runners)
     return bound

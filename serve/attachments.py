@@ -17,7 +17,7 @@ from deployments.errors import InvalidImage
 
 PICTURE_FIELDS = frozenset(
     {
-        "reference_image", "reference_images", "image", "images", "init_image", "pose_image", "mask",
+        "reference_image", "reference_images", "image", "images", "init_image", "pose_image", "mask", "held_out", "image_urls",
         "first", "second", "image_a", "image_b", "image1", "image2",
     }
 )  # fmt: skip

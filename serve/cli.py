@@ -29,6 +29,8 @@ from serve.cli_loras import loras
 from serve.cli_models import models
 from serve.cli_options import command
 from serve.cli_output import ERR, OUT, drawing, print_answer, report_error, table, waiting, write_answer
+from serve.cli_train import EPILOG as TRAIN_EPILOG
+from serve.cli_train import train
 from serve.client import Client
 from serve.presets import Preset, load_presets
 from serve.schemas import GenerateRequest
@@ -63,6 +65,7 @@ app.add_typer(characters, name="characters")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
 app.add_typer(dataset, name="dataset")
+app.command("train", epilog=TRAIN_EPILOG)(train)
 app.command("evaluate", epilog=EVALUATE_EPILOG)(evaluate)
 
 Server = Annotated[

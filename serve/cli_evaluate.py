@@ -71,7 +71,7 @@ def evaluate(
         raise InvalidRequest("Whose pictures are they?", "Give either --character or --references.")
     with _client(server) as client:
         subject = _subject(client, character, references, held_out, lora, trigger, noun, _sex(sex))
-        _report(plan, subject, _drawn_by(client), out, as_json)
+        _report(plan, subject, drawn_by(client), out, as_json)
 
 
 def _report(plan: Plan, subject: Subject, draw: Draw, out: Path, as_json: bool) -> None:
@@ -153,7 +153,7 @@ def _plan(plan: Plan, only: list[str] | None, seeds: int | None, clip: Path | No
     return chosen.but(**changes)
 
 
-def _drawn_by(client: Client) -> Draw:
+def drawn_by(client: Client) -> Draw:
     from training.evaluation.run import Pictures
 
     def draw(fields: Mapping[str, Any]) -> Pictures:

@@ -18,9 +18,10 @@ from serve.cli_options import command
 from serve.cli_output import ERR, OUT, print_answer, table, write_answer
 from serve.client import DEFAULT_URL, Client
 from serve.client_jobs import Jobs, answered
-from serve.job_answers import JobEvent, JobItem
+from serve.job_answers import JobEvent, JobItem, JobPicture, JobResult
 from serve.problem import error_of
 from serve.schemas import GenerateRequest
+from serve.training_answers import EvaluationFound, ResultFile, TrainedLora
 
 _HELP = """Work that a server does when there is room for it, and that no crash loses.
 
@@ -136,11 +137,14 @@ def cancel(id: Id, server: Server = DEFAULT_URL) -> None:
 
 @jobs.command()
 def fetch(id: Id, out: Out = Path("out"), as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
-    """Wait for its end, and write its pictures and their scores."""
+    """Wait for its end, and write its pictures and their scores; of a training or an evaluation what it left."""
     with _jobs(server) as mine:
         item = _watched(mine, mine.get(id))
-        pictures = item.result.data if item.result is not None else []
-        contents = [mine.artifact(picture.artifact) for picture in pictures if picture.artifact is not None]
+        files = item.result.data if item.result is not None else []
+        contents = [mine.artifact(file.artifact) for file in files if file.artifact is not None]
+    if item.result is not None and not isinstance(item.result, JobResult):
+        _write(item.result, contents, out)
+        return
     answer = answered(item, contents)
     written = write_answer(answer, out, item.workflow or answer.model)
     if as_json:
@@ -156,6 +160,16 @@ def delete(id: Id, server: Server = DEFAULT_URL) -> None:
     with _jobs(server) as mine:
         mine.delete(id)
     OUT.print(f"{id} is deleted.", markup=False)
+
+
+def _write(result: TrainedLora | EvaluationFound, contents: list[bytes], out: Path) -> None:
+    """The files by their names, and what else the job says of itself as result.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file, content in zip(result.data, contents, strict=True):
+        (out / Path(file.name).name).write_bytes(content)
+        OUT.print(str(out / Path(file.name).name), markup=False)
+    (out / "result.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    OUT.print(str(out / "result.json"), markup=False)
 
 
 @contextmanager
@@ -185,7 +199,8 @@ def _watched(mine: Jobs, item: JobItem) -> JobItem:
 def _advance(bar: Bar, task: Any, event: JobEvent) -> None:
     step, steps = event.data["step"], event.data["steps"]
     pictures = f", picture {event.data['picture'] + 1} of {event.data['pictures']}" if event.data["pictures"] > 1 else ""
-    bar.update(task, completed=step, total=steps, description="drawing", steps=f"step {step} of {steps}{pictures}")
+    stage = event.data.get("stage", "drawing")
+    bar.update(task, completed=step, total=steps, description=stage, steps=f"step {step} of {steps}{pictures}")
 
 
 def _leave(item: JobItem) -> None:
@@ -215,9 +230,13 @@ def _facts(item: JobItem) -> dict[str, str]:
         "expires": _when(item.expires) if item.expires is not None else "",
         "error": escape(f"{item.error.code}: {item.error.detail}") if item.error is not None else "",
         "seconds": ", ".join(f"{stage} {value:.2f}" for stage, value in item.timings.items()),
-        "pictures": "\n".join(picture.url or picture.path or "" for picture in item.result.data) if item.result is not None else "",
+        "files": "\n".join(_place(file) for file in item.result.data) if item.result is not None else "",
     }
     return {name: text for name, text in said.items() if text}
+
+
+def _place(file: JobPicture | ResultFile) -> str:
+    return file.url or (file.path if isinstance(file, JobPicture) else None) or ""
 
 
 def _status(item: JobItem) -> str:

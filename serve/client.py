@@ -25,6 +25,7 @@ from serve.client_answers import read, unreachable
 from serve.client_characters import AsyncCharacters, Characters
 from serve.client_jobs import AsyncJob, AsyncJobs, Job, Jobs
 from serve.client_loras import AsyncLoras, Loras
+from serve.client_training import AsyncEvaluations, AsyncTrainings, Evaluations, Trainings
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "LIKENESS_KEY"
@@ -49,6 +50,7 @@ class Client:
         synchronous = transport if transport is None or isinstance(transport, httpx.BaseTransport) else Bridge(transport)
         self._http = httpx.Client(base_url=base_url, transport=synchronous, timeout=timeout, headers=_with_key(headers, key))
         self.loras, self.characters, self.jobs = Loras(self._http), Characters(self._http), Jobs(self._http)
+        self.training, self.evaluations = Trainings(self.jobs), Evaluations(self.jobs)
 
     def generate(self, **fields: Any) -> GenerateResponse:
         """Pictures: the fields of `serve.schemas.GenerateRequest`, by any of their spellings."""
@@ -112,6 +114,7 @@ class AsyncClient:
     ) -> None:
         self._http = httpx.AsyncClient(base_url=base_url, transport=transport, timeout=timeout, headers=_with_key(headers, key))
         self.loras, self.characters, self.jobs = AsyncLoras(self._http), AsyncCharacters(self._http), AsyncJobs(self._http)
+        self.training, self.evaluations = AsyncTrainings(self.jobs), AsyncEvaluations(self.jobs)
 
     async def generate(self, **fields: Any) -> GenerateResponse:
         """As Client.generate. Cancelling the task closes the connection, which frees the GPU within a step."""

@@ -15,11 +15,24 @@ from urllib.parse import quote
 
 import httpx
 
-from deployments.errors import LikenessError, ServerUnreachable
+from deployments.errors import InvalidRequest, LikenessError, ServerUnreachable
 from serve.answers import GenerateResponse
 from serve.attachments import with_pictures
 from serve.client_answers import Answer, read, unreachable
-from serve.job_answers import ARTIFACT, CANCEL, EVENTS, JOB, JOBS, JobCancelled, JobDeleted, JobEvent, JobItem, JobPicture, JobsResponse
+from serve.job_answers import (
+    ARTIFACT,
+    CANCEL,
+    EVENTS,
+    JOB,
+    JOBS,
+    JobCancelled,
+    JobDeleted,
+    JobEvent,
+    JobItem,
+    JobPicture,
+    JobResult,
+    JobsResponse,
+)
 from serve.problem import error_of
 
 # Nothing is heard of a job that waits but a comment now and then; the server sends one every 15 s.
@@ -49,7 +62,7 @@ class Jobs:
         """A job of a workflow. fields: those of the workflow, as `Client.generate` takes them. idempotency_key: the same request sent
         again with it is the same job. Raises as `generate` does for a request that cannot be done, IdempotencyConflict, QuotaExceeded."""
         body = _body(workflow, webhook_url, priority, previews, fields)
-        return Job(self, self._ask("POST", JOBS, JobItem, json=body, headers=_headers(idempotency_key)))
+        return Job(self, self.ask("POST", JOBS, JobItem, json=body, headers=key_header(idempotency_key)))
 
     def list(
         self,
@@ -61,19 +74,19 @@ class Jobs:
         before: str | None = None,
     ) -> JobsResponse:
         """Yours, the newest first. before: an id, for those that are older (`next` of the answer)."""
-        return self._ask("GET", JOBS, JobsResponse, params=_asked(status, kind, workflow, limit, before))
+        return self.ask("GET", JOBS, JobsResponse, params=_asked(status, kind, workflow, limit, before))
 
     def get(self, id: str) -> JobItem:
         """Raises JobNotFound."""
-        return self._ask("GET", _at(JOB, id), JobItem)
+        return self.ask("GET", at(JOB, id), JobItem)
 
     def cancel(self, id: str) -> JobCancelled:
         """Raises JobNotFound; in whatever state the job is, nothing else."""
-        return self._ask("POST", _at(CANCEL, id), JobCancelled)
+        return self.ask("POST", at(CANCEL, id), JobCancelled)
 
     def delete(self, id: str) -> JobDeleted:
         """Raises JobNotFound."""
-        return self._ask("DELETE", _at(JOB, id), JobDeleted)
+        return self.ask("DELETE", at(JOB, id), JobDeleted)
 
     def wait(self, id: str, timeout: float | None = None) -> JobItem:
         """The job as soon as it has ended, however it did. Raises TimeoutError after so many seconds, and JobNotFound."""
@@ -90,7 +103,7 @@ class Jobs:
             seen = after
             try:
                 with self._http.stream(
-                    "GET", _at(EVENTS, id), params=_previews(previews), headers=_from(after), timeout=_EVENTS_TIMEOUT
+                    "GET", at(EVENTS, id), params=_previews(previews), headers=_from(after), timeout=_EVENTS_TIMEOUT
                 ) as answer:
                     if not answer.is_success:
                         answer.read()
@@ -116,14 +129,14 @@ class Jobs:
     def artifact(self, id: str) -> bytes:
         """The bytes of a file. Raises ArtifactNotFound."""
         try:
-            answer = self._http.get(_at(ARTIFACT, id))
+            answer = self._http.get(at(ARTIFACT, id))
         except httpx.TransportError as error:
             raise unreachable(self._http.base_url, error) from error
         if not answer.is_success:
             read(answer, JobItem)  # raises the error that it is
         return answer.content
 
-    def _ask(self, method: str, path: str, kind: type[Answer], **content: Any) -> Answer:
+    def ask(self, method: str, path: str, kind: type[Answer], **content: Any) -> Answer:
         try:
             return read(self._http.request(method, path, **content), kind)
         except httpx.TransportError as error:
@@ -185,7 +198,7 @@ class AsyncJobs:
     ) -> AsyncJob:
         """As Jobs.submit."""
         body = _body(workflow, webhook_url, priority, previews, fields)
-        return AsyncJob(self, await self._ask("POST", JOBS, JobItem, json=body, headers=_headers(idempotency_key)))
+        return AsyncJob(self, await self.ask("POST", JOBS, JobItem, json=body, headers=key_header(idempotency_key)))
 
     async def list(
         self,
@@ -196,16 +209,16 @@ class AsyncJobs:
         limit: int | None = None,
         before: str | None = None,
     ) -> JobsResponse:
-        return await self._ask("GET", JOBS, JobsResponse, params=_asked(status, kind, workflow, limit, before))
+        return await self.ask("GET", JOBS, JobsResponse, params=_asked(status, kind, workflow, limit, before))
 
     async def get(self, id: str) -> JobItem:
-        return await self._ask("GET", _at(JOB, id), JobItem)
+        return await self.ask("GET", at(JOB, id), JobItem)
 
     async def cancel(self, id: str) -> JobCancelled:
-        return await self._ask("POST", _at(CANCEL, id), JobCancelled)
+        return await self.ask("POST", at(CANCEL, id), JobCancelled)
 
     async def delete(self, id: str) -> JobDeleted:
-        return await self._ask("DELETE", _at(JOB, id), JobDeleted)
+        return await self.ask("DELETE", at(JOB, id), JobDeleted)
 
     async def wait(self, id: str, timeout: float | None = None) -> JobItem:
         """As Jobs.wait."""
@@ -220,7 +233,7 @@ class AsyncJobs:
         while True:
             seen = after
             try:
-                asked = self._http.stream("GET", _at(EVENTS, id), params=_previews(previews), headers=_from(after), timeout=_EVENTS_TIMEOUT)
+                asked = self._http.stream("GET", at(EVENTS, id), params=_previews(previews), headers=_from(after), timeout=_EVENTS_TIMEOUT)
                 async with asked as answer:
                     if not answer.is_success:
                         await answer.aread()
@@ -246,14 +259,14 @@ class AsyncJobs:
     async def artifact(self, id: str) -> bytes:
         """As Jobs.artifact."""
         try:
-            answer = await self._http.get(_at(ARTIFACT, id))
+            answer = await self._http.get(at(ARTIFACT, id))
         except httpx.TransportError as error:
             raise unreachable(self._http.base_url, error) from error
         if not answer.is_success:
             read(answer, JobItem)  # raises the error that it is
         return answer.content
 
-    async def _ask(self, method: str, path: str, kind: type[Answer], **content: Any) -> Answer:
+    async def ask(self, method: str, path: str, kind: type[Answer], **content: Any) -> Answer:
         try:
             return read(await self._http.request(method, path, **content), kind)
         except httpx.TransportError as error:
@@ -311,8 +324,11 @@ class _Lines:
 
 
 def answered(item: JobItem, contents: list[bytes]) -> GenerateResponse:
-    """The answer of a job that succeeded, with its picture files (in their order) inside."""
-    facts = _succeeded(item).model_dump()
+    """The answer of a job that drew and succeeded, with its picture files (in their order) inside."""
+    result = _succeeded(item)
+    if not isinstance(result, JobResult):
+        raise InvalidRequest(f"The job {item.id} is a {item.kind}, and drew nothing.", "Read its `result`.")
+    facts = result.model_dump()
     files = iter(contents)
     for picture in facts["data"]:
         picture.pop("url")
@@ -344,7 +360,7 @@ def _asked(status: str | None, kind: str | None, workflow: str | None, limit: in
     return {name: value for name, value in said.items() if value is not None}
 
 
-def _headers(idempotency_key: str | None) -> dict[str, str]:
+def key_header(idempotency_key: str | None) -> dict[str, str]:
     return {"idempotency-key": idempotency_key} if idempotency_key is not None else {}
 
 
@@ -356,7 +372,7 @@ def _previews(previews: bool) -> dict[str, str]:
     return {"previews": "true"} if previews else {}
 
 
-def _at(path: str, id: str) -> str:
+def at(path: str, id: str) -> str:
     return path.format(id=quote(id, safe=""))
 
 

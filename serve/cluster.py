@@ -49,7 +49,9 @@ def _serving(settings: AppSettings, host: str, port: int) -> Iterator[str]:
 
     ours = not ray.is_initialized()
     if ours:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        # Trainings are Ray Jobs, whose API is part of the dashboard: a dozen processes that nothing else here needs.
+        dashboard = settings.training.enabled
+        ray.init(include_dashboard=dashboard, dashboard_host="127.0.0.1", log_to_driver=False, configure_logging=False)
     try:
         ray.serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         try:

@@ -27,6 +27,7 @@ from serve.picture_urls import fetched
 from serve.presets import load_presets
 from serve.readiness import Readiness
 from serve.settings import AppSettings
+from serve.training_desk import TrainingDesk
 from serve.watching import Known, Watching
 
 WEBHOOKS_REMEDY = "Give an address on the public internet"
@@ -47,7 +48,12 @@ def routes(calls: Calls, settings: AppSettings, jobs: JobDesk | None = None, rea
     characters = CharacterStore(settings.store.database, settings.store.files)
     characters.sweep()
     desk = CharacterDesk(characters, partial(calls.character, "curate"))
-    return api(calls, settings.max_body_bytes, settings.max_lora_bytes, readiness=readiness, jobs=jobs, characters=desk)
+    training = None
+    if jobs is not None and settings.training.enabled:
+        training = TrainingDesk(settings, jobs, characters, partial(calls.lora, "find"), calls.check)
+    return api(
+        calls, settings.max_body_bytes, settings.max_lora_bytes, readiness=readiness, jobs=jobs, characters=desk, training=training
+    )  # fmt: skip
 
 
 def desk_of(calls: Calls, settings: AppSettings, wake: Callable[[], object]) -> JobDesk:

@@ -32,11 +32,13 @@ from serve.job_desk import JobDesk
 from serve.jobs import add_job_routes, owner_by_caller
 from serve.loras import LoraCalls, add_lora_routes
 from serve.metrics_page import add_metrics_route
-from serve.openapi import Application
+from serve.openapi import Application, body_schema
 from serve.presets import Preset, load_presets
 from serve.problem import MEDIA_TYPE, RETRY_AFTER_S, Problem, once, problem_of
 from serve.readiness import Readiness, add_ready_route, in_one_process
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
+from serve.training import add_training_routes
+from serve.training_desk import TrainingDesk
 from serve.waiting import preferred
 
 _LOG = logging.getLogger("likeness")
@@ -46,7 +48,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _ADDRESS = {404: ("not_found", "There is no such address."), 405: ("method_not_allowed", "The address does not take this method.")}
 # Fields of a form whose text is JSON; the others are read from text as they are, so that a prompt may be a number.
-_STRUCTURED = frozenset({"identity", "identities", "reference_images", "loras", "controls"})
+_STRUCTURED = frozenset(
+    {"identity", "identities", "reference_images", "loras", "controls", "settings", "configurations", "prompts", "seeds"}
+)
 # A body has people, their pictures and a few fields: far fewer values, in far fewer levels. (Ray cannot send deep ones on.)
 _MOST_LEVELS, _MOST_VALUES = 16, 10_000
 # What Ray raises, by name, where the process that worked on a request is gone or going.
@@ -101,9 +105,10 @@ def api(
     readiness: Readiness | None = None,
     jobs: JobDesk | None = None,
     characters: CharacterDesk | None = None,
+    training: TrainingDesk | None = None,
 ) -> FastAPI:
     """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; more is refused while it is read. owner_of: whose
-    things a request is about; raises where nobody's. jobs, characters: without them their routes are not there."""
+    things a request is about; raises where nobody's. jobs, characters, training: without them their routes are not there."""
     # No redirects: where to is taken from the header Host, which is whatever a caller says.
     app = Application(
         title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None, redirect_slashes=False
@@ -154,30 +159,17 @@ def api(
         add_job_routes(app, jobs, body, owner_of)
     if characters is not None:
         add_character_routes(app, characters, max_body_bytes, owner_of)
+    if training is not None:
+        add_training_routes(app, training, body, owner_of)
     return app
 
 
 def _route(app: FastAPI, path: str, function: Any, body: type[BaseModel], answer: type[BaseModel], text: str) -> None:
     """The body is read and checked by ourselves; what it is stands in the documentation all the same."""
-    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = schema.pop("$defs", {})
-    content = {media: {"schema": _inlined(schema, parts)} for media in ("application/json", MULTIPART)}
-    extra = {"requestBody": {"required": True, "content": content}}
     app.add_api_route(
-        path, function, methods=["POST"], response_model=answer, responses=_ERRORS, openapi_extra=extra,
+        path, function, methods=["POST"], response_model=answer, responses=_ERRORS, openapi_extra={"requestBody": body_schema(body)},
         name=path.strip("/"), summary=text.split(":")[0][:80], description=text,
     )  # fmt: skip
-
-
-def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
-    """The schema with its references replaced by what they name: FastAPI knows nothing of bodies that it does not parse."""
-    if isinstance(schema, list):
-        return [_inlined(item, parts) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return _inlined(parts[schema["$ref"].rsplit("/", 1)[1]], parts)
-    return {key: _inlined(value, parts) for key, value in schema.items()}
 
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:

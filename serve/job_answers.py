@@ -5,6 +5,7 @@ A webhook's body is `body_of(info)`, byte for byte what `GET /v1/jobs/{id}` answ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from deployments.errors import LikenessError
 from deployments.store.job_values import TERMINAL, Event, JobInfo, Status
 from serve.answers import LicenceInfo, Score
 from serve.problem import Problem, problem_of
+from serve.training_answers import EvaluationFound, TrainedLora
 
 Priority = Literal["low", "normal", "high"]
 JOBS, JOB, ARTIFACT = "/v1/jobs", "/v1/jobs/{id}", "/v1/artifacts/{id}"
@@ -26,13 +28,17 @@ class _Answer(BaseModel):
 
 
 class JobProgress(_Answer):
-    """How far a job is. Steps are counted over all of its pictures."""
+    """How far a job is. Steps are counted over all of its pictures; of a training they are its own, and `pictures` is 0."""
 
     picture: int = Field(description="The picture that is being drawn, from 0.")
     pictures: int
     step: int
     total: int
     percent: float = Field(ge=0, le=100)
+    stage: str | None = Field(default=None, description="What is being done, where it is more than drawing.")
+    loss: float | None = Field(default=None, description="Of the last step of a training.")
+    done: int | None = Field(default=None, description="Pictures of the stage that are done ...")
+    of: int | None = Field(default=None, description="... of so many.")
 
 
 class JobPicture(_Answer):
@@ -59,6 +65,10 @@ class JobResult(_Answer):
     licences: list[LicenceInfo] = Field(default_factory=list)
     request: dict[str, Any] = Field(default_factory=dict, description="Every value that changes pixels, as it was used.")
     warnings: list[str] = Field(default_factory=list)
+
+
+_RESULTS: Mapping[str, type[TrainedLora] | type[EvaluationFound]] = {"training": TrainedLora, "evaluation": EvaluationFound}
+"""Of kinds whose result is not that of a drawing."""
 
 
 class JobLinks(_Answer):
@@ -111,7 +121,7 @@ class JobItem(_Answer):
     timings: dict[str, float] = Field(default_factory=dict, description="Seconds by stage; `queued` and `total` among them.")
     attempt: int = Field(description="How often it was begun; a job whose process died is begun again.")
     error: Problem | None = Field(default=None, description="Why it failed, or why its last attempt did.")
-    result: JobResult | None = None
+    result: JobResult | TrainedLora | EvaluationFound | None = Field(default=None, description="By the job's kind.")
     links: JobLinks
 
     @property
@@ -137,7 +147,7 @@ class JobItem(_Answer):
             timings={stage: round(value, 4) for stage, value in info.timings.items()},
             attempt=info.attempt,
             error=Problem.model_validate(info.error) if info.error is not None else None,
-            result=_result(info.result) if info.result is not None else None,
+            result=_result(info.kind, info.result) if info.result is not None else None,
             links=JobLinks(job=JOB.format(id=info.id), events=EVENTS.format(id=info.id), cancel=CANCEL.format(id=info.id)),
         )
 
@@ -202,13 +212,16 @@ def _progress(info: JobInfo) -> JobProgress | None:
     if not info.steps:
         return None
     percent = round(100 * min(info.step, info.steps) / info.steps, 1)
-    return JobProgress(picture=info.picture, pictures=info.pictures, step=info.step, total=info.steps, percent=percent)
+    told = {name: info.facts.get(name) for name in ("stage", "loss", "done", "of")}
+    return JobProgress(picture=info.picture, pictures=info.pictures, step=info.step, total=info.steps, percent=percent, **told)
 
 
-def _result(result: Any) -> JobResult:
-    pictures = [{**item, "url": ARTIFACT.format(id=item["artifact"])} if item.get("artifact") else item for item in result["data"]]
+def _result(kind: str, result: Any) -> JobResult | TrainedLora | EvaluationFound:
+    files = [{**item, "url": ARTIFACT.format(id=item["artifact"])} if item.get("artifact") else item for item in result["data"]]
+    if kind in _RESULTS:
+        return _RESULTS[kind].model_validate({**result, "data": files})
     known = JobPicture.model_fields.keys()
-    return JobResult.model_validate({**result, "data": [{name: item[name] for name in item if name in known} for item in pictures]})
+    return JobResult.model_validate({**result, "data": [{name: item[name] for name in item if name in known} for item in files]})
 
 
 def _priority(number: int) -> Priority:

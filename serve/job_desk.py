@@ -46,8 +46,10 @@ _Result = TypeVar("_Result")
 
 Check = Callable[[str | None, Mapping[str, Any], str], Awaitable[object]]
 """(workflow, body, owner): refuses what can be known without a model; the method of Workflows."""
-Fetch = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
-"""A body with its pictures in it, where they were given by address."""
+Fetch = Callable[..., Awaitable[Mapping[str, Any]]]
+"""(body, most=how many): the body with its pictures in it, where they were given by address. `most` may be left out."""
+Filled = tuple[dict[str, Any], dict[str, bytes]]
+"""A job's input without its pictures, and these by their places."""
 
 
 class JobRequest(BaseModel):
@@ -95,20 +97,40 @@ class JobDesk:
         """The job, and whether it was made now: with a key that is known it is the one of then. quota: how many of the owner's may wait or
         run; None: what the settings say. Raises what the workflow would raise for its input, UrlNotAllowed, IdempotencyConflict, QueueFull
         and QuotaExceeded."""
-        if wanted.webhook_url is not None:
-            self._guard.check(wanted.webhook_url)
+
+        async def filled() -> Filled:
+            body = await self.fetched(wanted.input)
+            await self._check(wanted.workflow, body, owner)
+            return await self._call(parted, body, self._limits)
+
         new = NewJob(
             kind=wanted.kind, pool=POOLS[wanted.kind], workflow=_workflow(wanted), priority=PRIORITIES[wanted.priority],
             webhook_url=wanted.webhook_url, idempotency_key=key, previews=wanted.previews,
         )  # fmt: skip
-        if key is not None:
+        return await self.place(new, wanted.input, filled, owner, quota)
+
+    async def fetched(self, body: Mapping[str, Any], **most: int) -> Mapping[str, Any]:
+        """The body with the pictures in it that it gives by address. most: how many. Raises UrlNotAllowed, InvalidImage."""
+        return body if self._fetch is None else await self._fetch(body, **most)
+
+    async def place(
+        self,
+        new: NewJob,
+        said: Mapping[str, Any],
+        filled: Callable[[], Awaitable[Filled]],
+        owner: str,
+        quota: int | None = None,
+    ) -> tuple[JobItem, bool]:
+        """As submit, for a job of any kind. new: without its input; said: the body as it was sent; filled: its input and pictures, or a
+        refusal."""
+        if new.webhook_url is not None:
+            self._guard.check(new.webhook_url)
+        if new.idempotency_key is not None:
             # Before anything is looked at: of what it names, some may be gone, and an address may hold another picture by now.
-            new = replace(new, asked=await self._call(asked, wanted.input, self._limits))
+            new = replace(new, asked=await self._call(asked, said, self._limits))
             if (known := await self._call(self._store.known, owner, new)) is not None:
                 return await self._item(known), False
-        body = wanted.input if self._fetch is None else await self._fetch(wanted.input)
-        await self._check(wanted.workflow, body, owner)
-        input, pictures = await self._call(parted, body, self._limits)
+        input, pictures = await filled()
         new = replace(new, input=input, pictures=pictures)
         allowed = quota if quota is not None else self._settings.quota
         info, made = await self._call(self._store.submit, owner, new, allowed, self._settings.room)

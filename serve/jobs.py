@@ -52,11 +52,11 @@ _Query = TypeVar("_Query", bound=BaseModel)
 BodyReader = Callable[[Request], Awaitable[dict[str, Any]]]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class JobsQuery(_Strict):
+class JobsQuery(Strict):
     """Which jobs."""
 
     status: Status | None = None
@@ -66,7 +66,7 @@ class JobsQuery(_Strict):
     before: str | None = Field(default=None, max_length=64, description="An id: jobs that are older.")
 
 
-class EventsQuery(_Strict):
+class EventsQuery(Strict):
     """Which events."""
 
     after: int | None = Field(default=None, ge=0, lt=10**_MOST_DIGITS, description="A number: events that came later.")
@@ -96,7 +96,7 @@ def add_job_routes(app: FastAPI, desk: JobDesk, body_of: BodyReader, owner_of: C
 
     async def listed(request: Request) -> JobsResponse:
         """Your jobs, the newest first."""
-        asked = _query(request, JobsQuery)
+        asked = query_of(request, JobsQuery)
         # One more than was asked for tells whether there are others.
         found = await desk.list(owner_of(request), asked.status, asked.kind, asked.workflow, asked.limit + 1, asked.before)
         shown = found[: asked.limit]
@@ -108,7 +108,7 @@ def add_job_routes(app: FastAPI, desk: JobDesk, body_of: BodyReader, owner_of: C
 
     async def events(id: str, request: Request) -> Response:
         """What happens to a job, as it happens. Ends after the job's last event."""
-        asked = _query(request, EventsQuery)
+        asked = query_of(request, EventsQuery)
         after = asked.after if asked.after is not None else _last_seen(request)
         found = desk.events(id, owner_of(request), after, asked.previews)
         await desk.get(id, owner_of(request))  # before the answer begins, while it can still be a 404
@@ -145,9 +145,9 @@ def add_job_routes(app: FastAPI, desk: JobDesk, body_of: BodyReader, owner_of: C
     app.post(JOBS, status_code=202, response_model=JobItem, summary="Submit a job", responses=_DONE, openapi_extra={"requestBody": body})(
         submit
     )
-    app.get(JOBS, summary="Your jobs", openapi_extra=_documented(JobsQuery))(listed)
+    app.get(JOBS, summary="Your jobs", openapi_extra=documented(JobsQuery))(listed)
     app.get(JOB, response_model=JobItem, summary="One of your jobs", responses=_GONE)(show)
-    app.get(EVENTS, response_class=StreamingResponse, summary="Its events", responses=_STREAM, openapi_extra=_documented(EventsQuery))(
+    app.get(EVENTS, response_class=StreamingResponse, summary="Its events", responses=_STREAM, openapi_extra=documented(EventsQuery))(
         events
     )
     app.post(CANCEL, summary="Cancel a job", responses=_GONE)(cancel)
@@ -170,7 +170,7 @@ def _last_seen(request: Request) -> int:
     return int(text)
 
 
-def _query(request: Request, kind: type[_Query]) -> _Query:
+def query_of(request: Request, kind: type[_Query]) -> _Query:
     """What stands behind the `?`. Raises InvalidRequest for what is unknown, given twice or out of its range."""
     fields: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
@@ -183,6 +183,6 @@ def _query(request: Request, kind: type[_Query]) -> _Query:
         raise invalid(error) from error
 
 
-def _documented(kind: type[BaseModel]) -> dict[str, Any]:
+def documented(kind: type[BaseModel]) -> dict[str, Any]:
     properties = kind.model_json_schema()["properties"]
     return {"parameters": [{"name": name, "in": "query", "required": False, "schema": schema} for name, schema in properties.items()]}

@@ -15,19 +15,19 @@ from deployments.urls import UrlGuard
 from serve.attachments import PICTURE_FIELDS, data_uri
 
 MOST_PICTURES = 20
-"""In one request, repeated addresses counted once."""
+"""In one request that draws, repeated addresses counted once."""
 _AT_A_TIME = 4
 _SCHEMES = ("http:", "https:")
 # Deeper than any request (serve/ingress.py refuses what is deeper).
 _MOST_LEVELS = 16
 
 
-async def fetched(body: Mapping[str, Any], guard: UrlGuard, max_bytes: int = 64 * 2**20) -> dict[str, Any]:
+async def fetched(body: Mapping[str, Any], guard: UrlGuard, max_bytes: int = 64 * 2**20, most: int = MOST_PICTURES) -> dict[str, Any]:
     """The body with each http(s) address in a picture field, at any depth, replaced by the picture as a data URI; a body without one comes
-    back as it is. max_bytes: of all of them together.
+    back as it is. max_bytes: of all of them together. most: how many.
 
-    Raises UrlNotAllowed (also where the policy is `off`) and InvalidImage with the field, InvalidRequest for more than MOST_PICTURES,
-    TooLarge. All addresses are checked before the first is reached, and the first error ends the others.
+    Raises UrlNotAllowed (also where the policy is `off`) and InvalidImage with the field, InvalidRequest for more than `most`, TooLarge.
+    All addresses are checked before the first is reached, and the first error ends the others.
     """
     places: dict[str, str] = {}
     for where, text in _addresses(body, "", 0):
@@ -37,10 +37,8 @@ async def fetched(body: Mapping[str, Any], guard: UrlGuard, max_bytes: int = 64 
     for url, where in places.items():
         with _named(where):
             guard.check(url)
-    if len(places) > MOST_PICTURES:
-        raise InvalidRequest(
-            f"The request names {len(places)} pictures by address; {MOST_PICTURES} are fetched.", "Send the others themselves."
-        )
+    if len(places) > most:
+        raise InvalidRequest(f"The request names {len(places)} pictures by address; {most} are fetched.", "Send the others themselves.")
     pictures = await _all(places, guard, max_bytes)
     replaced: dict[str, Any] = _replaced(body, pictures, 0)
     return replaced

@@ -24,6 +24,8 @@ from deployments.safety.gate import GateSettings
 from deployments.store.settings import StoreSettings
 from deployments.urls import UrlPolicy
 from serve.door_settings import DoorSettings
+from training.orders import EVALUATE
+from training.placement import pool_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "serve"
 _RETRY_AFTER_S = 2
@@ -105,6 +107,29 @@ class GatePool(_Strict):
     pool: Pool = Pool(max_ongoing_requests=2)
 
 
+class TrainingSection(_Strict):
+    """Trainings and evaluations as jobs.
+
+    placement: a class of configs/training/placement.yaml, where trainings run. slots: how many of them at once; evaluations: likewise, each
+    of which draws one picture after another. preset: of configs/training, where a request names none; by default one for `base`. datasets:
+    an absolute folder of curated datasets that every caller with the scope `train` may train on, by name. plan: of configs/evaluation,
+    where an evaluation names none. candidates: how many checkpoints are compared. quota: how many trainings of one owner may wait or run.
+    attempts: how often one is begun; each death of a runner that follows one counts. sweep_s: how often what nobody wants is looked for.
+    """
+
+    enabled: bool = True
+    placement: str = "local"
+    slots: int = Field(default=1, ge=1)
+    evaluations: int = Field(default=1, ge=1)
+    preset: str | None = None
+    datasets: Path | None = None
+    plan: str | None = None
+    candidates: int = Field(default=4, ge=1, le=20)
+    quota: int = Field(default=10, ge=1)
+    attempts: int = Field(default=20, ge=1)
+    sweep_s: float = Field(default=10.0, gt=0)
+
+
 class RunnerPool(_Strict):
     """JobServer: runners of jobs."""
 
@@ -178,8 +203,9 @@ class AppSettings(_Strict):
 
     workflows, ingress: these hold connections and no models; thousands may wait. limits: of reference pictures, where they are
     opened; max_body_bytes: of a request; max_lora_bytes: of a LoRA's file. store: where LoRAs, characters, jobs and keys are kept.
-    door: who may come in. pictures_by_url: which addresses pictures are fetched from, none by default; webhooks: which are posted to.
-    gate: what judges pictures. provenance: what signs them. output_folder: where `response_format: file` writes; None refuses it.
+    training: trainings and evaluations. door: who may come in. pictures_by_url: which addresses pictures are fetched from, none by
+    default; webhooks: which are posted to. gate: what judges pictures. provenance: what signs them. output_folder: where
+    `response_format: file` writes; None refuses it.
     """
 
     base: str = "flux1-mini"
@@ -192,6 +218,7 @@ class AppSettings(_Strict):
     loras: Pool = Pool(max_ongoing_requests=4, max_queued_requests=16)
     gate: GatePool = GatePool()
     runners: RunnerPool = RunnerPool()
+    training: TrainingSection = TrainingSection()
     denoiser: DenoiserPool = DenoiserPool()
     workflows: Pool = Pool(max_ongoing_requests=512, max_queued_requests=1024)
     ingress: Pool = Pool(max_ongoing_requests=1024, max_queued_requests=2048)
@@ -207,11 +234,15 @@ class AppSettings(_Strict):
 
     @property
     def jobs(self) -> JobSettings:
-        """Of the runners. Where they say nothing of slots, one job is prepared while every denoiser draws another."""
-        own = self.runners.jobs
+        """Of the runners. Where they say nothing of slots, one job is prepared while every denoiser draws another, and trainings
+        have what `training` says."""
+        own, training = self.runners.jobs, self.training
         if "slots" in own.model_fields_set:
             return own
-        return own.model_copy(update={"slots": {"draw": self.denoiser.replicas + 1}})
+        slots = {"draw": self.denoiser.replicas + 1}
+        if training.enabled:
+            slots |= {pool_of(training.placement): training.slots, EVALUATE: training.evaluations}
+        return own.model_copy(update={"slots": slots})
 
 
 def load_settings(name: str = "local") -> AppSettings:

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from training.adapters import adapter_state
 from training.mini.storage import save_weights
@@ -28,7 +26,8 @@ _ARCHITECTURES = {"flux1": "flux-1-dev/lora", "qwen-image": "qwen-image/lora"}
 
 @dataclass(frozen=True)
 class LoraCard:
-    """What the header says beside the adapter's own settings. scores: of the evaluation, once there is one."""
+    """What the header says beside the adapter's own settings. scores: as far as there are any; those of an evaluation come later, see
+    lora_header.py."""
 
     base: str
     family: str
@@ -58,12 +57,3 @@ def write_lora(path: Path, transformer: Any, card: LoraCard, dtype: torch.dtype)
         _ADAPTER: json.dumps(config, sort_keys=True),
     }  # fmt: skip
     save_weights(path, {f"{_PREFIX}.{name}": value.to(dtype) for name, value in adapter_state(transformer).items()}, header)
-
-
-def scored(source: Path, target: Path, scores: Mapping[str, float]) -> None:
-    """The same LoRA with what an evaluation found in its header."""
-    with safe_open(source, framework="pt") as file:
-        header = dict(file.metadata() or {})
-        state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
-    header.pop("format", None)
-    save_weights(target, state, {**header, "scores": json.dumps(dict(scores), sort_keys=True)})

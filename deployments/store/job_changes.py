@@ -44,10 +44,11 @@ def start(session: Session, row: JobRow, runner: str, for_s: float, at: datetime
     tell(session, row, "started", {"attempt": row.attempt}, at)
 
 
-def advance(session: Session, row: JobRow, steps: Mapping[str, int], preview: str | None, at: datetime) -> None:
-    """running -> running. steps: picture, pictures, step, steps. preview: a JPEG in base64, which replaces the one before."""
+def advance(session: Session, row: JobRow, steps: Mapping[str, int], facts: Mapping[str, Any], preview: str | None, at: datetime) -> None:
+    """running -> running. steps: picture, pictures, step, steps. facts: what else is told. preview: a JPEG in base64, which replaces the
+    one before."""
     row.picture, row.pictures, row.step, row.steps = (steps[name] for name in ("picture", "pictures", "step", "steps"))
-    tell(session, row, "progress", steps, at)
+    tell(session, row, "progress", {**facts, **steps}, at)
     if preview is not None:
         _forget_previews(session, row)
         tell(session, row, "preview", {"picture": row.picture, "step": row.step, "jpeg": preview}, at)

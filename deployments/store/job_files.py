@@ -23,7 +23,10 @@ from deployments.store.job_tables import ArtifactRow, JobRow
 
 FOLDER = "jobs/"
 PLAIN = "application/octet-stream"
-_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "application/json": ".json", "application/zip": ".zip"}
+_SUFFIXES = {
+    "image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "application/json": ".json", "application/zip": ".zip",
+    "text/csv": ".csv",
+}  # fmt: skip
 # Longer than any job takes to write its files and then its rows.
 _ABANDONED_AFTER_S = 86_400.0
 # Keys that one question to the database names.

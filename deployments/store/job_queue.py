@@ -8,6 +8,7 @@ either has sent and whoever was first; and who sent nothing for a while gains no
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -20,6 +21,7 @@ from deployments.store.job_tables import JobRow, LaneRow
 LOCK = "likeness: the queue of jobs"
 """Held (Database.writing) by whoever submits or leases: counting and then acting on the count is one step. Both take milliseconds."""
 
+_PACE_OF = 20
 _ORDER = (JobRow.rank, JobRow.turn, JobRow.created_at, JobRow.id)
 
 
@@ -98,3 +100,19 @@ def _serve(session: Session, row: JobRow) -> None:
     else:
         # A job that was tried before comes again with the turn that it had.
         lane.served = max(lane.served, row.turn)
+
+
+def depth(session: Session) -> dict[str, tuple[int, float]]:
+    """Of each pool in which jobs wait: how many, and for how many seconds the oldest has."""
+    oldest = func.min(JobRow.created_at).label("oldest")
+    waiting = select(JobRow.pool, func.count(), oldest).where(JobRow.status == "queued").group_by(JobRow.pool)
+    at = now(session)
+    return {pool: (count, max(0.0, (at - since).total_seconds())) for pool, count, since in session.execute(waiting)}
+
+
+def pace(session: Session, pool: str) -> float | None:
+    """Median seconds that the pool's latest jobs which succeeded ran for; None before the first."""
+    latest = select(JobRow.started_at, JobRow.finished_at).where(JobRow.pool == pool, JobRow.status == "succeeded")
+    rows = session.execute(latest.order_by(JobRow.finished_at.desc()).limit(_PACE_OF)).all()
+    seconds = [(end - start).total_seconds() for start, end in rows if start is not None and end is not None]
+    return statistics.median(seconds) if seconds else None

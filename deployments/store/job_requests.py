@@ -65,6 +65,15 @@ def known(session: Session, owner: str, key: str | None, digest: str) -> JobRow 
     return row
 
 
+def owned(session: Session, id: str, owner: str, *, locked: bool = False) -> JobRow:
+    """Raises JobNotFound."""
+    wanted = select(JobRow).where(JobRow.id == job_id(id), JobRow.owner == owner)
+    row = session.scalar(wanted.with_for_update() if locked else wanted)
+    if row is None:
+        raise no_job(id)
+    return row
+
+
 def job_id(id: str) -> str:
     """The id, where it can be one: nothing else reaches the database, which may not take every character. Raises JobNotFound."""
     if not _JOB.fullmatch(id):

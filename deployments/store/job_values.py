@@ -54,6 +54,7 @@ class JobInfo:
     attempt: how often it was begun, without those that were released; 0 before the first. started_at: of the last attempt, None while
     queued. queue_position: how many go before it in its pool, as things are; None unless queued. step of steps, over all pictures;
     picture of pictures. timings: seconds of each stage, and `queued` (until its last start) and `total` (until its end), once known.
+    facts: what the last progress of a job that runs told beside its steps, where it draws no pictures (`pictures` is 0 then).
     error: a problem (RFC 9457) as JSON, of a job that failed or was moderated. result: the answer, whose pictures name an `artifact`.
     expires_at: when it will be forgotten; None unless terminal.
     """
@@ -82,6 +83,7 @@ class JobInfo:
     previews: bool
     webhook_url: str | None
     expires_at: datetime | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def terminal(self) -> bool:
@@ -103,8 +105,9 @@ class Lease:
 class Event:
     """Something that happened to a job. seq: 1, 2, ... within the job; numbers of previews that were replaced are missing.
 
-    data, by kind: started {attempt}; progress {picture, pictures, step, steps}; preview {picture, step, jpeg: base64}; requeued {attempt,
-    error: problem | null, not_before: ISO time | null}; succeeded {artifacts: ids}; failed and moderated {error: problem}; others {}.
+    data, by kind: started {attempt}; progress {picture, pictures, step, steps, and what else the work tells: stage, loss}; preview
+    {picture, step, jpeg: base64}; requeued {attempt, error: problem | null, not_before: ISO time | null}; succeeded {artifacts: ids};
+    failed and moderated {error: problem}; others {}.
     """
 
     seq: int

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import base64
 import secrets
-import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import delete, func, select, tuple_, update
+from sqlalchemy import delete, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from deployments.errors import LikenessError, StoreUnavailable
@@ -35,7 +34,9 @@ KEEP_S = 7 * 86_400.0
 _AT_ONCE = 100
 # Listing a store of objects costs money, and what it would find is at least a day old.
 _SWEPT_EVERY_S = 3600.0
-_PACE_OF = 20
+
+Within = Callable[[Session], object]
+"""Changes rows of the same database; what it raises undoes the whole transaction."""
 
 
 class JobStore:
@@ -96,7 +97,7 @@ class JobStore:
     def get(self, id: str, owner: str) -> JobInfo:
         """Raises JobNotFound."""
         with self._database.reading() as session:
-            return self._info(session, _owned(session, id, owner))
+            return self._info(session, job_requests.owned(session, id, owner))
 
     def list(
         self,
@@ -116,7 +117,7 @@ class JobStore:
         rows = select(JobRow).where(JobRow.owner == owner, *(getattr(JobRow, field) == value for field, value in wanted.items()))
         with self._database.reading() as session:
             if before is not None:
-                last = _owned(session, before, owner)
+                last = job_requests.owned(session, before, owner)
                 rows = rows.where(tuple_(JobRow.created_at, JobRow.id) < tuple_(last.created_at, last.id))
             found = session.scalars(rows.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)).all()
             return infos(session, found, self._keep_s)
@@ -125,7 +126,7 @@ class JobStore:
         """The job, and whether this call cancelled it: it did unless the job had ended. Whoever works on it finds its lease gone. Raises
         JobNotFound."""
         with self._database.writing() as session:
-            row = _owned(session, id, owner, locked=True)
+            row = job_requests.owned(session, id, owner, locked=True)
             ours = row.status not in TERMINAL
             if ours:
                 job_changes.end(session, row, "canceled", job_queue.now(session))
@@ -136,7 +137,7 @@ class JobStore:
         """Takes the job away with everything of it, also from SQLite's log (its previews are pictures); whoever works on it finds its lease
         gone, and no webhook tells of it any more. Raises JobNotFound."""
         with self._database.writing() as session:
-            row = _owned(session, id, owner, locked=True)
+            row = job_requests.owned(session, id, owner, locked=True)
             keys = _delete(session, [row.id])
         self._files.remove(keys)
         self._database.forget()
@@ -144,7 +145,7 @@ class JobStore:
     def events(self, id: str, owner: str, after: int = 0, limit: int = 100) -> tuple[Event, ...]:
         """The first `limit` with numbers above `after`, in order. Raises JobNotFound."""
         with self._database.reading() as session:
-            row = _owned(session, id, owner)
+            row = job_requests.owned(session, id, owner)
             wanted = select(EventRow).where(EventRow.job_id == row.id, EventRow.seq > after).order_by(EventRow.seq).limit(limit)
             return tuple(event_of(event) for event in session.scalars(wanted))
 
@@ -203,22 +204,37 @@ class JobStore:
             until = job_queue.now(session) + timedelta(seconds=for_s)
             return set(session.scalars(mine.values(lease_until=until).returning(JobRow.id)))
 
-    def progress(self, lease: Lease, *, picture: int, pictures: int, step: int, steps: int, preview: bytes | None = None) -> bool:
-        """Notes how far the job is, and tells it. preview: a small JPEG, kept until the next one where the job wants them. False where
-        the job is not the lease's any more."""
+    def progress(
+        self,
+        lease: Lease,
+        *,
+        picture: int = 0,
+        pictures: int = 0,
+        step: int,
+        steps: int,
+        preview: bytes | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Notes how far the job is, and tells it. preview: a small JPEG, kept until the next one where the job wants them. facts: what else
+        its event says, plain JSON. False where the job is not the lease's any more."""
         steps_now = {"picture": picture, "pictures": pictures, "step": step, "steps": steps}
         with self._database.writing(lasting=False) as session:
             row = job_changes.held(session, lease)
             if row is not None:
                 shown = base64.b64encode(preview).decode() if preview is not None and row.previews else None
-                job_changes.advance(session, row, steps_now, shown, job_queue.now(session))
+                job_changes.advance(session, row, steps_now, facts or {}, shown, job_queue.now(session))
             return row is not None
 
     def succeed(
-        self, lease: Lease, answer: Mapping[str, Any], pictures: Sequence[tuple[bytes, str]], timings: Mapping[str, float]
+        self,
+        lease: Lease,
+        answer: Mapping[str, Any],
+        pictures: Sequence[tuple[bytes, str]],
+        timings: Mapping[str, float],
+        within: Within | None = None,
     ) -> JobInfo | None:
         """Ends the job with its answer. pictures: bytes and media type of each; each mapping in `answer["data"]`, one for each of them,
-        gets `artifact`, its id. timings: seconds by stage.
+        gets `artifact`, its id. timings: seconds by stage. within: what else is done in the same transaction.
 
         None where the job is not the lease's any more: then nothing is kept. Asked again after it succeeded (the first answer was lost
         together with the database's connection), the job as it is. Raises ValueError for an answer that is no JSON, or without a place
@@ -238,6 +254,8 @@ class JobStore:
                 session.add_all(file.row(row.id, row.owner, False, at) for file in files)
                 row.result, row.seconds = job_requests.with_artifacts(answer, [file.id for file in files]), dict(timings)
                 row.step = row.steps
+                if within is not None:
+                    within(session)
                 job_changes.end(session, row, "succeeded", at, told={"artifacts": [file.id for file in files]})
                 session.flush()
                 return self._info(session, row)
@@ -283,6 +301,11 @@ class JobStore:
 
     # --- Housekeeping, by any number of processes at once ---
 
+    def live(self, ids: Collection[str]) -> set[str]:
+        """Of these ids those of jobs that wait or run, whoever's they are; the others have ended, or are gone."""
+        with self._database.reading() as session:
+            return set(session.scalars(select(JobRow.id).where(JobRow.id.in_(list(ids)), JobRow.status.not_in(TERMINAL))))
+
     def reap(self) -> tuple[JobInfo, ...]:
         """Takes up what runners left that gave no sign of life: each waits again, or has failed with `replica_lost`. As they are then."""
         left = select(JobRow).where(JobRow.status == "running").limit(_AT_ONCE)
@@ -314,19 +337,13 @@ class JobStore:
 
     def depth(self) -> Mapping[str, tuple[int, float]]:
         """Of each pool in which jobs wait: how many, and for how many seconds the oldest has."""
-        oldest = func.min(JobRow.created_at).label("oldest")
-        waiting = select(JobRow.pool, func.count(), oldest).where(JobRow.status == "queued").group_by(JobRow.pool)
         with self._database.reading() as session:
-            at = job_queue.now(session)
-            return {pool: (count, max(0.0, (at - since).total_seconds())) for pool, count, since in session.execute(waiting)}
+            return job_queue.depth(session)
 
     def pace(self, pool: str) -> float | None:
         """Median seconds that the pool's latest jobs which succeeded ran for; None before the first."""
-        latest = select(JobRow.started_at, JobRow.finished_at).where(JobRow.pool == pool, JobRow.status == "succeeded")
         with self._database.reading() as session:
-            rows = session.execute(latest.order_by(JobRow.finished_at.desc()).limit(_PACE_OF)).all()
-        seconds = [(end - start).total_seconds() for start, end in rows if start is not None and end is not None]
-        return statistics.median(seconds) if seconds else None
+            return job_queue.pace(session, pool)
 
     def _info(self, session: Session, row: JobRow) -> JobInfo:
         return infos(session, [row], self._keep_s)[0]
@@ -373,15 +390,6 @@ class JobStore:
             keys = _delete(session, ids)
         self._files.remove(keys)
         return len(ids)
-
-
-def _owned(session: Session, id: str, owner: str, *, locked: bool = False) -> JobRow:
-    """Raises JobNotFound."""
-    wanted = select(JobRow).where(JobRow.id == job_requests.job_id(id), JobRow.owner == owner)
-    row = session.scalar(wanted.with_for_update() if locked else wanted)
-    if row is None:
-        raise job_requests.no_job(id)
-    return row
 
 
 def _delete(session: Session, ids: Sequence[str]) -> Sequence[str]:

@@ -58,7 +58,10 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         receiver = stack.enter_context(Receiver.listening())
         store = StoreSettings(url=database.url, folder=folder, artifacts=str(disk / "artifacts"))
         webhooks = UrlPolicy(fetch="allow", allow=(receiver.address,))
-        settings = load_settings("local").model_copy(update={"store": store, "webhooks": webhooks})
+        local = load_settings("local")
+        # Ray's dashboard, which only trainings need, is a dozen processes.
+        training = local.training.model_copy(update={"enabled": False})
+        settings = local.model_copy(update={"store": store, "webhooks": webhooks, "training": training})
         address = stack.enter_context(serving(settings, port=free_port()))
         yield House(address, database, disk, small, receiver)
 

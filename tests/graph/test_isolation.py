@@ -36,6 +36,12 @@ class Things:
     queued: str
     finished: str
     artifact: str
+    training: str
+    evaluation: str
+
+    @property
+    def jobs(self) -> list[str]:
+        return sorted([self.queued, self.finished, self.training, self.evaluation])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def b(house: Whole) -> Headers:
 
 
 @pytest.fixture(scope="module")
-def things(house: Whole, a: Headers) -> Things:
+def things(house: Whole, a: Headers) -> Iterator[Things]:
     lora = _made(house, a, "/v1/loras", file=base64.b64encode(LORA).decode(), name="ada")["id"]
     character = _made(house, a, "/v1/characters", name="Ada", pictures=[PICTURE])
     _made(house, a, f"/v1/characters/{character['id']}/loras", lora_id=lora)
@@ -67,7 +73,12 @@ def things(house: Whole, a: Headers) -> Things:
     job = house.jobs.succeed(lease, done.answer, done.pictures, done.timings)
     assert job is not None and job.result is not None
     queued = _made(house, a, "/v1/jobs", input=INPUT)["id"]
-    return Things(character["id"], character["best"], lora, queued, finished, job.result["data"][0]["artifact"])
+    training = _made(house, a, "/v1/training/jobs", trigger_word="ohwx", character_id=character["id"])["id"]
+    evaluation = _made(house, a, "/v1/evaluations", character_id=character["id"])["id"]
+    artifact = job.result["data"][0]["artifact"]
+    yield Things(character["id"], character["best"], lora, queued, finished, artifact, training, evaluation)
+    for id in (training, evaluation):  # of the same store, in which others have theirs done
+        house.jobs.cancel(id, "ada")
 
 
 def _made(house: Whole, headers: Headers, path: str, **body: Any) -> dict[str, Any]:
@@ -85,6 +96,8 @@ def _ids(things: Things) -> dict[str, str]:
         "/v1/loras/{id}": things.lora,
         job: things.finished,
         "/v1/artifacts/{id}": things.artifact,
+        "/v1/training/jobs/{id}": things.training,
+        "/v1/evaluations/{id}": things.evaluation,
     }
 
 
@@ -96,7 +109,7 @@ def test_no_route_that_takes_an_id_knows_another_owners_things(house: Whole, thi
         f"{one}/loras": {"lora_id": things.lora},
     }
     before = _all_of(house, things, a)
-    powerless = house.key("carla", "train")
+    powerless = house.key("carla", "faces")
     asked = assert_isolated(house.app, house.http, _ids(things), a, b, powerless, bodies)
     assert asked == len(list(routes_with_ids(house.app))) >= 15
     assert _all_of(house, things, a) == before, "what another key asked for has changed something"
@@ -110,12 +123,12 @@ def test_a_job_that_waits_is_neither_cancelled_nor_deleted_by_another(house: Who
 
 
 def test_lists_hold_ones_own_things_alone(house: Whole, things: Things, a: Headers, b: Headers) -> None:
-    owned = {"/v1/jobs": sorted([things.finished, things.queued]), "/v1/characters": [things.character], "/v1/loras": [things.lora]}
+    owned = {"/v1/jobs": things.jobs, "/v1/characters": [things.character], "/v1/loras": [things.lora]}
     assert house.owned(a) == owned and house.owned(b) == {path: [] for path in owned}
     reading = [
         route.path for route in house.app.routes if isinstance(route, Route) and "GET" in (route.methods or ()) and "{" not in route.path
     ]
-    assert {*owned, "/v1/models", "/v1/webhooks/secret", "/metrics"} <= set(reading)
+    assert {*owned, "/v1/training/jobs", "/v1/evaluations", "/v1/models", "/v1/webhooks/secret", "/metrics"} <= set(reading)
     for path in reading:
         answer = house.http.get(path, headers=dict(b))
         assert answer.is_success and not [id for id in vars(things).values() if id in answer.text], path
@@ -147,11 +160,16 @@ def test_another_owners_things_cannot_be_used(house: Whole, things: Things, a: H
         ("/v1/jobs", {"input": {**INPUT, **nested}}),
         ("/v1/jobs", {"input": {**INPUT, **lora}}),
         (f"/v1/characters/{mine}/loras", {"lora_id": things.lora}),
+        ("/v1/training/jobs", {"trigger_word": "ohwx", **person}),
+        ("/v1/training/jobs", {"trigger_word": "ohwx", "images": [PICTURE], **person}),
+        ("/v1/evaluations", person),
+        ("/v1/evaluations", {"character_id": mine, "lora": things.lora}),
+        ("/v1/evaluations", {"images": [PICTURE], "lora": things.lora}),
     ]
     for path, body in asked:
         for headers in ({}, {"prefer": "wait=1"}) if "characters" not in path else ({},):
             answer = house.http.post(path, json=body, headers={**b, **headers})
-            names_lora = "loras" in body or "lora_id" in body or "loras" in body.get("input", {})
+            names_lora = "lora" in body or "loras" in body or "lora_id" in body or "loras" in body.get("input", {})
             expected = "lora_not_found" if names_lora else "character_not_found"
             assert (answer.status_code, answer.json()["code"]) == (404, expected), (path, headers, answer.text)
             assert "ada" not in answer.text.replace("adapter", "").lower(), answer.text
@@ -213,7 +231,7 @@ def _all_of(house: Whole, things: Things, headers: Headers) -> dict[str, Any]:
     read: dict[str, Any] = {}
     for method, template in routes_with_ids(house.app):
         if method == "GET":
-            path = template.replace("{id}", dict(_ids(things))["/".join(template.split("/")[:4])])
+            path = template.replace("{id}", _ids(things)[template.partition("{id}")[0] + "{id}"])
             answer = house.http.get(path.replace("{picture}", things.picture), headers=dict(headers))
             # The order of the metadata in a safetensors file is no one's choice.
             read[template] = read_face_model(answer.content).packed if template.endswith("face-model") else answer.content

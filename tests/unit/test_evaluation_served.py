@@ -137,7 +137,7 @@ def test_a_busy_server_is_waited_for_a_little(monkeypatch: pytest.MonkeyPatch) -
         return httpx.Response(200, content=drawn.model_dump_json()) if len(answers) == 2 else answers[-1]
 
     with Client(transport=httpx.MockTransport(answer)) as client:
-        draw = cli_evaluate._drawn_by(client)
+        draw = cli_evaluate.drawn_by(client)
         assert draw({"prompt": "x"}) == Pictures([], 1.5, ("flux1-mini",)) and len(answers) == 2
         with pytest.raises(QueueFull, match="no room"):
             draw({"prompt": "x"})

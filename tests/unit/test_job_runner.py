@@ -23,7 +23,7 @@ from deployments.job_server import joined
 from deployments.store.job_values import JobInfo
 from deployments.store.jobs import JobStore
 from deployments.store.settings import EVERYBODY
-from serve.job_answers import JobItem
+from serve.job_answers import JobItem, JobResult
 from serve.job_desk import parted
 from tests.job_serving import QUICK, STEP_S, Painter, ended, history, kinds, new, opened, painted, running, until
 from tests.store_places import postgres_server
@@ -63,7 +63,7 @@ def test_jobs_are_done_as_many_at_once_as_there_are_slots_and_keep_their_picture
         assert done.status == "succeeded" and done.attempt == 1 and (done.step, done.steps) == (6, 6)
         assert done.timings["denoise"] == 0.1 and done.timings["total"] >= done.timings["queued"] >= 0
         item = JobItem.of(done)
-        assert item.result is not None and [picture.seed for picture in item.result.data] == [1, 2]
+        assert isinstance(item.result, JobResult) and [picture.seed for picture in item.result.data] == [1, 2]
         kept = [store.artifact(str(picture.artifact), EVERYBODY)[1] for picture in item.result.data]
         assert kept == [content for content, _ in painted({"n": 2}).pictures]
         told = kinds(store, job)

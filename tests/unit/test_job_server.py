@@ -21,7 +21,7 @@ from deployments.store.job_values import JobInfo, NewJob
 from deployments.store.jobs import JobStore
 from deployments.store.settings import EVERYBODY, StoreSettings
 from serve.answers import GenerateResponse, ImageItem
-from serve.job_answers import JobItem, body_of, problem_json
+from serve.job_answers import JobItem, JobResult, body_of, problem_json
 from tests.job_serving import PUBLIC, QUICK, kinds, opened
 
 PICTURE = b"\x89PNG, as far as this goes"
@@ -102,7 +102,7 @@ def test_a_job_is_drawn_by_its_workflow_with_its_pictures_for_its_owner(store: J
     server.wake.remote().result()
     job = ended(store, id)
     result = JobItem.of(job).result
-    assert result is not None and job.timings["denoise"] == 0.5
+    assert isinstance(result, JobResult) and job.timings["denoise"] == 0.5
     assert result.request == {"workflow": "flux-pulid", "owner": EVERYBODY, "reference": base64.b64encode(b"ada").decode()}
     assert [store.artifact(str(item.artifact), EVERYBODY)[1] for item in result.data] == [PICTURE, PICTURE]
     server.check_health.remote().result()

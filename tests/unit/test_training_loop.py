@@ -17,8 +17,8 @@ from deployments.errors import InvalidRequest, ProviderUnavailable, TrainingDive
 from tests.lora_training import CARD, Plan, run, settings, trainer, training_set, transformer, work_in_group
 from training.adapters import Average, add_lora, target_names
 from training.checkpoints import LORA, STATE, checkpoints, newest_state
-from training.export import scored
 from training.loop import Trainer
+from training.lora_header import scored
 from training.objective import HELD_OUT_SIGMAS, Draw, FluxObjective, QwenObjective, held_out_batch, losses, objective_of, shifted, sigma_of
 from training.settings import TARGETS
 
@@ -122,12 +122,12 @@ def test_old_states_go_loras_stay_and_a_damaged_state_is_passed_over(tmp_path: P
 def test_the_file_says_what_it_is_and_takes_scores(tmp_path: Path) -> None:
     run(trainer(tmp_path, settings()), tmp_path)
     path = tmp_path / "step-000006" / LORA
-    scored(path, tmp_path / "best.safetensors", {"identity": 0.61})
+    (tmp_path / "best.safetensors").write_bytes(scored(path.read_bytes(), {"identity": 0.61}))
     with safe_open(tmp_path / "best.safetensors", "pt") as file, safe_open(path, "pt") as first:
         header = file.metadata()
         assert all(torch.equal(file.get_tensor(name), first.get_tensor(name)) for name in first.keys())
     said = {"trigger_word": "ohwx", "base": "flux1-mini", "rank": "4", "alpha": "8", "step": "6", "dataset_sha256": "0" * 64}
-    assert said.items() <= header.items() and json.loads(header["scores"]) == {"identity": 0.61}
+    assert said.items() <= header.items() and json.loads(header["scores"])["identity"] == 0.61
     assert json.loads(header["lora_adapter_metadata"])["transformer.lora_alpha"] == 8
 
 

@@ -1,0 +1,129 @@
+"""`likeness train`: against a server over a socket, with a runner that tells and ends as trainings do; and in this process, for true."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from deployments.contracts import WorkProgress
+from deployments.errors import NoFaceDetected
+from deployments.job_runner import Finished, Report, Runner
+from deployments.store.characters import CharacterStore
+from deployments.store.job_values import Lease
+from deployments.store.jobs import JobStore
+from deployments.store.loras import LoraStore
+from deployments.store.settings import EVERYBODY, StoreSettings
+from serve.cli import app
+from serve.ingress import Calls, api
+from serve.job_answers import problem_json
+from serve.settings import load_settings
+from serve.training_answers import TrainedLora
+from serve.training_desk import TrainingDesk
+from tests.job_serving import desk_of, opened
+from tests.lora_serving import over_a_socket
+from tests.training_here import SLOTS
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "characters"
+LORA: dict[str, Any] = {
+    "lora_id": "lora_" + "0" * 24, "trigger_word": "ohwx", "base": "flux1-mini", "sha256": "0" * 64, "step": 5, "steps": 10,
+    "candidates": [{"step": 5, "identity": 0.6, "told_apart": False}, {"step": 10, "identity": 0.4, "told_apart": True}],
+    "pictures": {"accepted": 1, "rejected": [{"name": "images[1]", "reason": "blurred", "says": "It is blurred."}]},
+    "dataset_sha256": "0" * 64, "warnings": ["There is only 1 picture."],
+}  # fmt: skip
+
+
+async def told(lease: Lease, report: Report) -> Finished:
+    """A training as far as whoever watches it can see."""
+    if lease.job.input["trigger_word"] == "nobody":
+        raise NoFaceDetected("None of the pictures shows a face.")
+    for step in range(3):
+        report(WorkProgress("training", step, 10, {"loss": 0.5}))
+        await asyncio.sleep(0.05)
+    return Finished(LORA | {"data": []})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    found = tmp_path / "ada"
+    found.mkdir()
+    for number in (1, 2):
+        (found / f"{number}.png").write_bytes((SAMPLES / f"ada-{number}.png").read_bytes())
+    return found
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:
+    """Of a server that is named by the environment, with a runner."""
+    jobs, over = opened(tmp_path), threading.Event()
+    place = StoreSettings(url=f"sqlite:///{tmp_path / 'likeness.db'}", folder=tmp_path / "files")
+    settings, desk = load_settings("local").model_copy(update={"store": place}), desk_of(jobs)
+    characters, loras = CharacterStore(place.database, place.files), LoraStore(place.database, place.files)
+    training = TrainingDesk(settings, desk, characters, lambda ids, owner: asyncio.to_thread(loras.find, ids, owner), desk._check)
+
+    async def work() -> None:
+        runner = Runner(jobs, {"training": told}, SLOTS, problem_json)
+        task = asyncio.create_task(runner.run())
+        while not over.is_set():
+            await asyncio.sleep(0.05)
+        runner.stop()
+        await task
+
+    thread = threading.Thread(target=lambda: asyncio.run(work()))
+    thread.start()
+    with over_a_socket(api(cast(Calls, None), 2**22, jobs=desk, training=training)) as url:
+        monkeypatch.setenv("LIKENESS_SERVER", url)
+        yield jobs
+    over.set()
+    thread.join()
+    for one in (jobs, characters, loras):
+        one.close()
+
+
+def likeness(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def test_a_folder_goes_up_and_the_loras_id_comes_back(store: JobStore, folder: Path) -> None:
+    result = likeness(folder, "-t", "ohwx", "--set", "steps=10", "--set", "checkpoint_every=5", "--key", "7", "--no-select")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [LORA["lora_id"]]
+    assert f"not trained on: {folder / '2.png'}: It is blurred." in result.stderr and "taken" in result.stderr
+    (job,) = store.list(EVERYBODY)
+    assert (job.input["settings"]["steps"], job.input["select"], job.input["name"]) == (10, False, "ada")
+    assert len(job.input["images"]) == 2
+    again = likeness(folder, "-t", "ohwx", "--set", "steps=10", "--set", "checkpoint_every=5", "--key", "7", "--no-select", "--json")
+    assert TrainedLora.model_validate(json.loads(again.stdout)).step == 5 and len(store.list(EVERYBODY)) == 1
+
+
+def test_what_it_failed_of_is_told_in_words(store: JobStore, folder: Path, tmp_path: Path) -> None:
+    failed = likeness(folder, "-t", "nobody")
+    assert failed.exit_code == 1 and "None of the pictures shows a face." in failed.stderr
+    refused = likeness(folder, "-t", "ohwx", "--set", "rank=7")
+    assert refused.exit_code == 1 and "rank" in refused.stderr
+    empty = likeness(tmp_path / "files", "-t", "ohwx")
+    assert empty.exit_code == 1 and "holds no picture" in empty.stderr
+    assert likeness(folder, "-t", "ohwx", "--set", "rank").exit_code == 2
+
+
+def test_without_a_server_it_is_trained_here(folder: Path, tmp_path: Path) -> None:
+    small = ("steps=2", "checkpoint_every=1", "resolutions=[64]", "batch=1", "warm_up_steps=0", "rank=4", "alpha=4")
+    out = tmp_path / "out"
+    result = likeness(folder, "-t", "ohwx", "--out", out, *(part for item in small for part in ("--set", item)))
+    assert result.exit_code == 0, result.output
+    assert Path(result.stdout.strip()) == out / "lora.safetensors" and (out / "lora.safetensors").is_file()
+    assert "only 2 pictures" in result.stderr and (out / "dataset" / "report.html").is_file()
+    other = likeness(out / "dataset", "-t", "zxcv", "--out", tmp_path / "other")
+    assert other.exit_code == 1 and "--trigger-word ohwx" in other.stderr
+
+
+def test_its_help_teaches() -> None:
+    text = " ".join(likeness("--help").stdout.split())
+    for word in ("--trigger-word", "likeness generate --lora", "Ten to thirty pictures", "--no-select"):
+        assert word in text
