@@ -165,8 +165,10 @@ class _Held:
     lost: bool = False
 
     def lose(self) -> None:
-        self.lost = True
-        self.work.cancel()
+        """Once: what the work does to end in order is not broken off by the next look at the store, a moment later."""
+        if not self.lost:
+            self.lost = True
+            self.work.cancel()
 
 
 class Runner:

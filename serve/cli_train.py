@@ -46,6 +46,8 @@ _STAGES: Mapping[str, str] = {
     "done": "done",
 }
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+# As training.dataset.dataset calls it, which needs OpenCV.
+_DATASET = "dataset.json"
 Tell = Callable[[str, int, int, str], None]
 """(stage, done, of, what else)."""
 
@@ -75,6 +77,9 @@ def train(
     """Train a LoRA of a person on a folder of pictures."""
     settings = _changes(changes)
     if server is None:
+        for option, said in (("character", character), ("name", name), ("key", key), ("webhook-url", webhook_url)):
+            if said is not None:
+                raise InvalidRequest(f"--{option} is for a server, and none is named.", "Name it with --server, or leave the option out.")
         trained = _here(folder, trigger_word, class_word, reference, preset or "mini", settings, out)
         _tell_here(trained, as_json)
         return
@@ -189,11 +194,17 @@ def _changes(said: list[str] | None) -> dict[str, Any]:
         field, mark, value = item.partition("=")
         if not mark:
             raise typer.BadParameter(f"{item!r} is not FIELD=VALUE, like steps=1000", param_hint="--set")
-        found[field] = yaml.safe_load(value)
+        try:
+            found[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise typer.BadParameter(f"{item!r}: {' '.join(str(error).split())}", param_hint="--set") from error
     return found
 
 
 def _pictures(folder: Path) -> list[Path]:
+    if (folder / _DATASET).is_file():
+        remedy = "Give the folder of the pictures that it was made of; or train on it here, without --server."
+        raise InvalidRequest(f"{folder} is a curated dataset, and a server curates pictures itself.", remedy)
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES) if folder.is_dir() else []
     if not files:
         raise InvalidRequest(f"The folder {folder} holds no picture.", f"Pictures end in {', '.join(sorted(_SUFFIXES))}.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deployments.control_server import ControlSettings
 from deployments.denoiser_server import DenoiserSettings
@@ -25,7 +25,7 @@ from deployments.store.settings import StoreSettings
 from deployments.urls import UrlPolicy
 from serve.door_settings import DoorSettings
 from training.orders import EVALUATE
-from training.placement import pool_of
+from training.placement import load_placements, pool_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "serve"
 _RETRY_AFTER_S = 2
@@ -114,6 +114,7 @@ class TrainingSection(_Strict):
     of which draws one picture after another. preset: of configs/training, where a request names none; by default one for `base`. datasets:
     an absolute folder of curated datasets that every caller with the scope `train` may train on, by name. plan: of configs/evaluation,
     where an evaluation names none. candidates: how many checkpoints are compared. quota: how many trainings of one owner may wait or run.
+    shown: how many pictures one may be shown, steps x batch x grad_accum: eight times as many as the largest preset.
     attempts: how often one is begun; each death of a runner that follows one counts. sweep_s: how often what nobody wants is looked for.
     """
 
@@ -126,8 +127,18 @@ class TrainingSection(_Strict):
     plan: str | None = None
     candidates: int = Field(default=4, ge=1, le=20)
     quota: int = Field(default=10, ge=1)
+    shown: int = Field(default=40_000, ge=1)
     attempts: int = Field(default=20, ge=1)
     sweep_s: float = Field(default=10.0, gt=0)
+
+    @field_validator("placement")
+    @classmethod
+    def _placement_is_there(cls, placement: str) -> str:
+        """Or every request would be refused for what the operator wrote."""
+        known = load_placements()
+        if placement not in known:
+            raise ValueError(f"{placement!r} is no class of configs/training/placement.yaml; there are: {', '.join(sorted(known))}")
+        return placement
 
 
 class RunnerPool(_Strict):
@@ -234,15 +245,14 @@ class AppSettings(_Strict):
 
     @property
     def jobs(self) -> JobSettings:
-        """Of the runners. Where they say nothing of slots, one job is prepared while every denoiser draws another, and trainings
-        have what `training` says."""
+        """Of the runners. Of pools whose slots they do not say: one job is prepared while every denoiser draws another, and trainings and
+        evaluations have what `training` says. (A pool without slots would take jobs that nobody ever does.)"""
         own, training = self.runners.jobs, self.training
-        if "slots" in own.model_fields_set:
-            return own
         slots = {"draw": self.denoiser.replicas + 1}
         if training.enabled:
             slots |= {pool_of(training.placement): training.slots, EVALUATE: training.evaluations}
-        return own.model_copy(update={"slots": slots})
+        said = own.slots if "slots" in own.model_fields_set else {}
+        return own.model_copy(update={"slots": {**slots, **said}})
 
 
 def load_settings(name: str = "local") -> AppSettings:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,8 +35,13 @@ from training.settings import TrainingSettings, base_entry, preset, presets
 MOST_DRAWINGS = 2_000
 """Pictures of one evaluation."""
 _ID = re.compile(r"character_[0-9a-f]{24}")
-# A pattern can be made to take for ever, and code to be anything; both are for whoever writes presets.
-_OPERATORS = frozenset({"targets", "compile_blocks"})
+MOST_CHECKPOINTS = 200
+"""Of one training: each is a file of the LoRA's size until it has ended."""
+_MOST_RESOLUTIONS = 4
+# For whoever writes presets: a pattern can be made to take for ever, and code to be anything; nobody sees a job's samples; states are large
+_OPERATORS = frozenset({"targets", "compile_blocks", "keep_states", "sample_every", "sample_prompts"})
+# What an evaluation says itself of every picture that it asks for, one at a time.
+_SAID_BY_THE_PLAN = frozenset({"prompt", "seed", "n", "num_images", "response_format"})
 _Body = TypeVar("_Body", bound=BaseModel)
 _Part = TypeVar("_Part", Configuration, Prompt)
 
@@ -158,6 +163,7 @@ class TrainingDesk:
             message = f"A LoRA for {chosen.base} cannot be used here: this server draws with {self._settings.base}."
             raise UnsupportedCombination(message, f"Its presets are: {here}.", {"param": "preset"})
         placement_of(self._training.placement, load_placements())
+        _refuse_too_much(chosen, self._training.shown)
         return chosen
 
     def _usual_preset(self) -> str:
@@ -195,6 +201,7 @@ class TrainingDesk:
         plan = load_plan(wanted.plan or usual)
         changes: dict[str, Any] = {}
         if wanted.configurations is not None:
+            _refuse_what_the_plan_says(item for item in wanted.configurations if isinstance(item, Configuration))
             changes["configurations"] = _chosen("configurations", wanted.configurations, plan.configurations)
         if wanted.prompts is not None:
             changes["prompts"] = _chosen("prompts", wanted.prompts, plan.prompts)
@@ -224,12 +231,35 @@ class TrainingDesk:
             await self._check(None, as_json(case.fields), owner)
 
 
+def _refuse_too_much(settings: TrainingSettings, most_shown: int) -> None:
+    """What is not wrong, but would keep a GPU for weeks or fill the disk. Raises InvalidRequest."""
+    shown = settings.steps * settings.batch * settings.grad_accum
+    checkpoints = settings.steps // settings.checkpoint_every
+    refused = (
+        ("steps", shown, most_shown, "pictures would be shown", "steps x batch x grad_accum is too much."),
+        ("checkpoint_every", checkpoints, MOST_CHECKPOINTS, "checkpoints would be written", "Let more steps lie between two of them."),
+        ("resolutions", len(settings.resolutions), _MOST_RESOLUTIONS, "resolutions are named", "Name fewer."),
+    )
+    for field, count, most, what, remedy in refused:
+        if count > most:
+            raise InvalidRequest(f"`settings.{field}`: {count} {what}; at most {most} may be.", remedy, {"param": f"settings.{field}"})
+
+
 def _warmed_up(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of a training of fewer steps than the preset warms up for, all of them: whoever shortens it need not know."""
     steps, usual = settings.get("steps"), presets().get(name, {}).get("warm_up_steps")
     if isinstance(steps, int) and isinstance(usual, int) and 0 < steps < usual:
         return {"warm_up_steps": steps, **settings}
     return dict(settings)
+
+
+def _refuse_what_the_plan_says(configurations: Iterable[Configuration]) -> None:
+    """Or it would be ignored, or nothing come back. Raises InvalidRequest."""
+    for item in configurations:
+        said = _SAID_BY_THE_PLAN.intersection({*item.fields}.union(*item.by_framing.values()))
+        if said:
+            message = f"`configurations`: {item.name} sets {min(said)}, which the plan does."
+            raise InvalidRequest(message, "Leave it out.", {"param": "configurations"})
 
 
 def _chosen(field: str, wanted: list[str | _Part], known: tuple[_Part, ...]) -> tuple[_Part, ...]:

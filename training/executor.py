@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,11 +87,15 @@ class TrainingExecutor:
         if not folders.keys() - live:
             return
         alive = await self.trainings.alive() & folders.keys()
-        await asyncio.gather(*(self.trainings.stop(id, self.root / id) for id in sorted(alive - live)))
+        unwanted = sorted(alive - live)
+        ends = await asyncio.gather(*(self.trainings.stop(id, self.root / id) for id in unwanted), return_exceptions=True)
+        failed = {id: end for id, end in zip(unwanted, ends, strict=True) if isinstance(end, BaseException)}
         now = time.time()
         for id, changed in folders.items():
-            if id not in live and now - changed > _ABANDONED_AFTER_S:
+            if id not in live and id not in failed and now - changed > _ABANDONED_AFTER_S:
                 await asyncio.to_thread(shutil.rmtree, self.root / id, ignore_errors=True)
+        for failure in failed.values():
+            raise failure  # one that does not end keeps nobody else's pictures here
 
     def _prepared(self, lease: Lease, order: TrainingOrder, folder: Path) -> Mapping[str, bytes]:
         """The folder, with all that the training reads. Returns the pictures that came."""
@@ -128,7 +133,7 @@ class TrainingExecutor:
 
         choice = await self.registry.chosen(job.id, order, folder, dataset, result, drawn)
         selected = time.monotonic() - began
-        kept = await self.registry.registered(job.id, job.owner, order, folder, result, choice, pictures)
+        kept = await self.registry.registered(job.id, job.owner, order, folder, dataset, result, choice, pictures)
         files = [(choice.grid, "image/png")] if choice.grid is not None else []
         timings = {"training": result.seconds} | ({"selecting": selected} if order.select else {})
         return Finished(_answer(order, result, choice, kept), files, timings, kept.within)
@@ -151,7 +156,11 @@ class TrainingExecutor:
 
     def _folders(self) -> dict[str, float]:
         """Ids of jobs, and when their folders were changed."""
-        return {path.name: path.stat().st_mtime for path in self.root.glob("job_*") if path.is_dir()}
+        found = {}
+        for path in self.root.glob("job_*"):
+            with suppress(FileNotFoundError):  # who sweeps beside this one may be quicker
+                found[path.name] = path.stat().st_mtime
+        return found
 
 
 def _told(progress: TrainingProgress) -> WorkProgress:

@@ -20,7 +20,7 @@ from deployments.errors import LikenessError, NoFaceDetected
 from deployments.face_server import FaceSettings
 from deployments.job_runner import told
 from deployments.picture_metadata import without_metadata
-from deployments.store.character_values import NewPicture
+from deployments.store.character_values import MOST_PICTURES, NewPicture
 from deployments.store.jobs import Within
 from deployments.store.loras import LoraInfo
 from deployments.store.provisional import Provisional, maker_of
@@ -95,18 +95,20 @@ class Registry:
         owner: str,
         order: TrainingOrder,
         folder: Path,
+        dataset: Path,
         result: TrainingResult,
         choice: Choice,
         pictures: Mapping[str, bytes],
     ) -> Registered:
-        """The chosen checkpoint as a LoRA, and the character that receives it, both in the making. pictures: a new character's."""
+        """The chosen checkpoint as a LoRA, and the character that receives it, both in the making. dataset: the curated pictures;
+        pictures: those that came, of which a new character is made."""
         source = folder / result.checkpoints[choice.step]
         content = await asyncio.to_thread(lambda: scored(source.read_bytes(), choice.scores))
         lora = await self._kept(maker_of(job), content, order.name, order.trigger_word, f"Trained by {job}.")
         character = order.character
         warnings: tuple[str, ...] = ()
         if character is None and order.character_name is not None:
-            character, warnings = await self._character(job, owner, order.character_name, pictures)
+            character, warnings = await self._character_or_why(job, owner, order.character_name, dataset, pictures)
         within = self._store.handing_over(job, owner, lora.id, character)
         return Registered(lora, character, within, warnings)
 
@@ -129,15 +131,17 @@ class Registry:
             loop = asyncio.get_running_loop()
             # The winner is drawn once more.
             told_of = _Counted(lambda done, of: loop.call_soon_threadsafe(report, done, of), (len(kept) + 1) * _pictures(plan))
-            return await service.run(
+            found = await service.run(
                 lambda: select(plan, subject, kept, service.draw, folder / "selection", fresh_seeds(plan), service.bench(plan), told_of)
             )
-        except LikenessError:
-            raise
-        except Exception as error:  # noqa: BLE001 (Ray's wrapping, whatever it wraps)
-            raise told(error)[0] from error
-        finally:
+        except Exception as error:  # Ray's wrapping, whatever it wraps
             await self.forgotten(job)
+            if isinstance(error, LikenessError):
+                raise
+            raise told(error)[0] from error
+        # Not where this was cancelled: whoever has the job by now draws with the same candidates.
+        await self.forgotten(job)
+        return found
 
     async def _kept(self, owner: str, content: bytes, name: str, trigger_word: str | None = None, description: str = "") -> LoraInfo:
         """The LoRA with this content, which may be there already."""
@@ -149,16 +153,27 @@ class Registry:
         made: LoraInfo = await asked(self._workflows.lora.remote("add", content, name, owner, trigger_word, description))
         return made
 
+    async def _character_or_why(
+        self, job: str, owner: str, name: str, dataset: Path, pictures: Mapping[str, bytes]
+    ) -> tuple[str | None, tuple[str, ...]]:
+        """As _character; what is wrong with pictures costs the character, not the LoRA. Raises what may pass by itself."""
+        try:
+            return await self._character(job, owner, name, await asyncio.to_thread(_accepted, dataset, pictures))
+        except Exception as error:
+            problem, _ = told(error)
+            if problem.retryable:
+                raise
+            return None, (f"No character {name!r} was made: {problem.message}",)
+
     async def _character(self, job: str, owner: str, name: str, pictures: Mapping[str, bytes]) -> tuple[str | None, tuple[str, ...]]:
-        """The owner's newest of this name, else a new one in the making, of the pictures. None, and why, where none of them can be used."""
+        """The owner's newest of this name, else a new one in the making, of the first of the pictures. None, and why, where none
+        of them can be used."""
         store = self._store.characters
         for whose in (owner, maker_of(job)):
             found = [character.id for character in await asyncio.to_thread(store.list, whose) if character.name == name]
             if found:
                 return found[0], ()
-        if not pictures:
-            return None, (f"There is no character {name!r}, and no pictures came to make one of; the LoRA is not attached to any.",)
-        bare = await asyncio.to_thread(lambda: [without_metadata(content) for content in pictures.values()])
+        bare = await asyncio.to_thread(lambda: [without_metadata(content) for content in list(pictures.values())[:MOST_PICTURES]])
         curated = await asked(self._workflows.character.remote("curate", tuple(bare), (), None))
         if curated.judgement.best is None:
             return None, (f"No character {name!r} was made: {NoFaceDetected.advice}",)
@@ -223,3 +238,12 @@ def _subject(order: TrainingOrder, dataset: Path) -> Subject:
     pictures = sorted(read_dataset(dataset).pictures, key=lambda picture: -(picture.cosine or 0.0))[:_REFERENCES]
     contents = [(dataset / picture.file).read_bytes() for picture in pictures]
     return Subject(name=order.name, references=contents, trigger=order.trigger_word, noun=order.class_word)
+
+
+def _accepted(dataset: Path, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Of the pictures that came those that were trained on, whole; of a curated dataset its own. Those that are most like the others come
+    first. Raises InvalidRequest as read_dataset."""
+    found = sorted(read_dataset(dataset).pictures, key=lambda picture: -(picture.cosine or 0.0))
+    if pictures:
+        return {picture.source: pictures[picture.source] for picture in found if picture.source in pictures}
+    return {picture.file: (dataset / picture.file).read_bytes() for picture in found}

@@ -50,7 +50,8 @@ class TrainingSettings(BaseModel):
     files of all of them stay.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Neither is JSON, as which settings travel.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     base: str
     rank: int = 32

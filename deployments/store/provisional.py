@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from deployments.errors import StoreUnavailable
+from deployments.errors import CharacterNotFound, LoraNotFound, StoreUnavailable
 from deployments.store.character_tables import CharacterLoraRow, CharacterRow
 from deployments.store.characters import CharacterStore
 from deployments.store.engine import Database
@@ -51,13 +52,15 @@ class Provisional:
         return {job for owner in owners if _JOB.fullmatch(job := owner.removeprefix(_PREFIX))}
 
     def remove(self, job: str, but: Sequence[str] = ()) -> None:
-        """Everything that the job has in the making. but: ids of LoRAs that stay."""
+        """Everything that the job has in the making, whoever else removes it at the same time. but: ids of LoRAs that stay."""
         maker = maker_of(job)
         for lora in self._loras.list(maker):
             if lora.id not in but:
-                self._loras.delete(lora.id, maker)
+                with suppress(LoraNotFound):
+                    self._loras.delete(lora.id, maker)
         for character in self.characters.list(maker):
-            self.characters.delete(character.id, maker)
+            with suppress(CharacterNotFound):
+                self.characters.delete(character.id, maker)
 
     def handing_over(self, job: str, owner: str, lora: str, character: str | None = None) -> Within:
         """What makes them the owner's, in the transaction in which the job succeeds. character: of the owner's, or in the making; the LoRA
@@ -78,5 +81,7 @@ def _hand_over(session: Session, *, job: str, owner: str, lora: str, character: 
     if character is None:
         return
     session.execute(update(CharacterRow).where(CharacterRow.id == character, CharacterRow.owner == maker).values(owner=owner))
-    if session.scalar(select(CharacterRow.id).where(CharacterRow.id == character, CharacterRow.owner == owner)) is not None:
+    # Locked: deleted between the two, it would take the job's success along.
+    mine_too = select(CharacterRow.id).where(CharacterRow.id == character, CharacterRow.owner == owner).with_for_update()
+    if session.scalar(mine_too) is not None:
         session.add(CharacterLoraRow(character_id=character, lora_id=lora, created_at=now))

@@ -99,7 +99,9 @@ def test_pictures_become_a_lora_of_a_new_character_that_draws_at_once(handle: An
     assert (lora["trigger_word"], lora["base"], lora["sha256"]) == ("ohwx", "flux1-mini", result.sha256)
     assert '"identity"' in lora["metadata"]["scores"]
     character = served.http.get(f"/v1/characters/{result.character_id}", headers=key).raise_for_status().json()
-    assert character["name"] == "Ada" and character["lora"]["id"] == result.lora_id and len(character["pictures"]) == 4
+    assert (
+        character["name"] == "Ada" and character["lora"]["id"] == result.lora_id and len(character["pictures"]) == result.pictures.accepted
+    )
     plain = served.http.post("/v1/generate", json=PROMPT, headers=key).raise_for_status().json()
     drawn = served.http.post("/v1/generate", json=PROMPT | {"loras": [{"id": result.lora_id}]}, headers=key).raise_for_status().json()
     assert plain["data"][0]["b64_json"] != drawn["data"][0]["b64_json"]
@@ -137,7 +139,9 @@ def test_what_fails_and_what_is_cancelled_leaves_nothing(handle: Any, settings: 
     trainings = TrainingsHere()
     training, executors = crew(handle, settings, served.jobs, trainings)
     lost = submitted(served, key, trigger_word="ohwx", images=[_grey(shade) for shade in (90, 120, 150)], character_id="Nobody")
-    long = submitted(served, key, trigger_word="ohwx", images=SENT, character_id="Ada", settings=SHORT | {"steps": 500})
+    long = submitted(
+        served, key, trigger_word="ohwx", images=SENT, character_id="Ada", settings=SHORT | {"steps": 500, "checkpoint_every": 50}
+    )
 
     async def main() -> None:
         async with running(served.jobs, executors):

@@ -109,7 +109,11 @@ def test_what_it_failed_of_is_told_in_words(store: JobStore, folder: Path, tmp_p
     assert refused.exit_code == 1 and "rank" in refused.stderr
     empty = likeness(tmp_path / "files", "-t", "ohwx")
     assert empty.exit_code == 1 and "holds no picture" in empty.stderr
-    assert likeness(folder, "-t", "ohwx", "--set", "rank").exit_code == 2
+    for wrong in ("rank", "rank=["):
+        assert likeness(folder, "-t", "ohwx", "--set", wrong).exit_code == 2
+    (folder / "dataset.json").write_text("{}")
+    dataset = likeness(folder, "-t", "ohwx")
+    assert dataset.exit_code == 1 and "is a curated dataset" in dataset.stderr and len(store.list(EVERYBODY)) == 1
 
 
 def test_without_a_server_it_is_trained_here(folder: Path, tmp_path: Path) -> None:
@@ -119,6 +123,8 @@ def test_without_a_server_it_is_trained_here(folder: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     assert Path(result.stdout.strip()) == out / "lora.safetensors" and (out / "lora.safetensors").is_file()
     assert "only 2 pictures" in result.stderr and (out / "dataset" / "report.html").is_file()
+    for_servers = likeness(folder, "-t", "ohwx", "--character", "Ada", "--out", tmp_path / "none")
+    assert for_servers.exit_code == 1 and "--character" in for_servers.stderr and not (tmp_path / "none").exists()
     other = likeness(out / "dataset", "-t", "zxcv", "--out", tmp_path / "other")
     assert other.exit_code == 1 and "--trigger-word ohwx" in other.stderr
 

@@ -18,12 +18,12 @@ import pytest
 
 from deployments.errors import InvalidImage
 from deployments.images import encode
-from deployments.job_runner import Loop
+from deployments.job_runner import Finished, Loop, Report, Runner
 from deployments.job_server import joined
-from deployments.store.job_values import JobInfo
+from deployments.store.job_values import JobInfo, Lease
 from deployments.store.jobs import JobStore
 from deployments.store.settings import EVERYBODY
-from serve.job_answers import JobItem, JobResult
+from serve.job_answers import JobItem, JobResult, problem_json
 from serve.job_desk import parted
 from tests.job_serving import QUICK, STEP_S, Painter, ended, history, kinds, new, opened, painted, running, until
 from tests.store_places import postgres_server
@@ -110,6 +110,34 @@ def test_what_is_cancelled_stops_at_once_and_its_slot_is_free(store: JobStore) -
     assert by_itself < 2 and woken < 1, (by_itself, woken)
     assert get(store, first).status == "canceled" and kinds(store, first)[-1] == "canceled"
     assert get(store, third).status == "succeeded"
+
+
+def test_what_stops_in_order_is_told_once_to_stop(store: JobStore) -> None:
+    """Work that is somewhere else (a training) takes its time to end; nobody breaks that off, and its slot is its own until then."""
+    (job,) = submitted(store, "one")
+    told: list[str] = []
+
+    async def slow(lease: Lease, report: Report) -> Finished:
+        told.append("begun")
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            await asyncio.sleep(4 * QUICK.check_s)
+            told.append("ended in order")
+            raise
+        raise AssertionError("nobody waits for an hour")
+
+    async def main() -> None:
+        runner = Runner(store, {"generate": slow}, QUICK, problem_json)
+        task = asyncio.create_task(runner.run())
+        await until(lambda: told == ["begun"])
+        await asyncio.to_thread(store.cancel, job.id, job.owner)
+        await until(lambda: not runner.running)
+        runner.stop()
+        await task
+
+    asyncio.run(main())
+    assert told == ["begun", "ended in order"] and get(store, job).status == "canceled"
 
 
 @pytest.mark.parametrize(

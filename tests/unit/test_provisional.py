@@ -78,7 +78,8 @@ def test_a_job_that_was_cancelled_or_whose_lora_is_gone_gives_nothing(stores: St
     jobs.cancel(job, "ada")
     assert not succeeded(jobs, lease, within) and loras.list("ada") == () == characters.list("ada")
     assert jobs.live([job, "job_" + "0" * 24]) == set()
-    provisional.remove(job)
+    for _ in range(2):  # a runner and a sweep may both see to it
+        provisional.remove(job)
     assert provisional.jobs() == set() and loras.list(maker) == () == characters.list(maker)
     again = begun(jobs)
     with pytest.raises(StoreUnavailable):

@@ -13,7 +13,9 @@ from typing import Any, cast
 import httpx
 import pytest
 from fastapi import Request
+from pydantic import ValidationError
 
+from deployments.job_runner import JobSettings
 from deployments.store.characters import CharacterStore
 from deployments.store.jobs import JobStore
 from deployments.store.loras import LoraStore
@@ -25,7 +27,7 @@ from serve.ingress import Calls, api
 from serve.job_desk import JobDesk
 from serve.normalise import parse
 from serve.picture_urls import fetched
-from serve.settings import AppSettings, load_settings
+from serve.settings import AppSettings, TrainingSection, load_settings
 from serve.training_desk import TrainingDesk
 from tests.job_asking import PICTURE
 from tests.job_serving import PUBLIC, opened
@@ -131,6 +133,10 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     (ASKED | {"settings": {"rank": 7}}, 422, "invalid_request", "rank"),
     (ASKED | {"settings": {"stepps": 7}}, 422, "invalid_request", "stepps"),
     (ASKED | {"settings": {"targets": "(a+)+$"}}, 422, "invalid_request", "presets only"),
+    (ASKED | {"settings": {"keep_states": 1000}}, 422, "invalid_request", "presets only"),
+    (ASKED | {"settings": {"steps": 1000, "batch": 64, "checkpoint_every": 100}}, 422, "invalid_request", "at most 40000"),
+    (ASKED | {"settings": {"steps": 500, "checkpoint_every": 1}}, 422, "invalid_request", "500 checkpoints"),
+    (ASKED | {"settings": {"resolutions": list(range(64, 2048, 16))}}, 422, "invalid_request", "resolutions"),
     (ASKED | {"webhook_url": "http://169.254.169.254/"}, 422, "url_not_allowed", "may not be"),
     (ASKED | {"dataset": "ada", "images": None, "reference_image": PICTURE}, 422, "invalid_request", "reference_image"),
     (ASKED | {"steps": 5}, 422, "invalid_request", "steps"),
@@ -215,6 +221,10 @@ def test_an_evaluation_that_cannot_be_drawn_is_refused_at_once(house: House) -> 
         ({"configurations": ["nothing"]}, "pulid"),
         ({"configurations": ["base", "base"]}, "more than once"),
         ({"configurations": [{"name": "mine", "label": "mine", "fields": {"workflow": "nothing"}}]}, "nothing"),
+        (
+            {"configurations": [{"name": "mine", "label": "mine", "by_framing": {"portrait": {"response_format": "file"}}}]},
+            "response_format",
+        ),
         ({"seeds": list(range(100))}, "at most"),
     ]
     lora = add(house.loras, b"a lora")
@@ -223,6 +233,18 @@ def test_an_evaluation_that_cannot_be_drawn_is_refused_at_once(house: House) -> 
         answer = house.post(EVALUATIONS, **{name: value for name, value in fields.items() if value is not None})
         assert answer.status_code in (404, 422) and says in answer.text, (body, answer.text)
     assert house.jobs.list("ada") == ()
+
+
+def test_trainings_have_their_slots_whatever_is_said_of_others() -> None:
+    usual = load_settings("local")
+    own = usual.runners.jobs.model_copy(update={"slots": {"draw": 7}})
+    said = usual.model_copy(update={"runners": usual.runners.model_copy(update={"jobs": JobSettings.model_validate(own.model_dump())})})
+    assert said.jobs.slots == {**usual.jobs.slots, "draw": 7} and {"train-local", "evaluate"} <= set(said.jobs.slots)
+
+
+def test_a_class_that_there_is_not_is_the_operators_mistake() -> None:
+    with pytest.raises(ValidationError, match="a6000"):
+        TrainingSection(placement="a600")
 
 
 def test_a_form_and_the_sdk_say_the_same(house: House) -> None:

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,11 @@ class EvaluationExecutor:
 
     def _swept(self) -> None:
         old = time.time() - _ABANDONED_AFTER_S
-        folders = {path.name: path for path in self.root.glob("job_*") if path.stat().st_mtime < old}
+        folders = {}
+        for path in self.root.glob("job_*"):
+            with suppress(FileNotFoundError):  # who sweeps beside this one may be quicker
+                if path.stat().st_mtime < old:
+                    folders[path.name] = path
         for id in sorted(folders.keys() - self.store.live(folders.keys())):
             shutil.rmtree(folders[id], ignore_errors=True)
 
