@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from deployments.catalog import CATALOG_PATH
 from tests.store_places import free_port
 
 PACK = CATALOG_PATH.parents[1] / "models" / "mini"
 
 
+@pytest.mark.slow
 def test_the_server_names_the_model_that_it_could_not_open(tmp_path: Path) -> None:
     shutil.copytree(PACK, tmp_path / "mini")
     parser = tmp_path / "mini" / "parser" / "face_parser.onnx"

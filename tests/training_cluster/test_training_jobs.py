@@ -26,6 +26,7 @@ LONG: dict[str, Any] = {"steps": 40, "checkpoint_every": _EVERY}
 """Some seconds of steps: time to be killed in."""
 
 
+@pytest.mark.slow
 def test_from_pictures_to_a_lora(trainings: RayTrainings, folder: Folder) -> None:
     """Curated, trained and told of, by one submission; asked for again it is there."""
     job = Watched(trainings, "job_short", folder("job_short")).prepare(task())
