@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
 from deployments.images import decode
 from serve.client import AsyncClient, Client
