@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -131,7 +130,7 @@ def page(table: str, said: Bars, trainings: Mapping[str, tuple[TrainedLora, floa
         fresh = lora.scores.get("identity")
         shown = "–" if fresh is None else f"{fresh:.3f}"
         lines.append(f"| {name} | {lora.pictures.accepted} | {lora.step} of {lora.steps} | {shown} | {seconds / 60:.1f} |")
-    lines += ["", "![Reference, base, + LoRA, + PuLID, + LoRA + PuLID, + pose](character_proof.png)", "", table]
+    lines += ["", "![Reference, base, + LoRA, + PuLID, + LoRA + PuLID, + pose](character_proof.jpg)", "", table]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -167,7 +166,7 @@ def main() -> None:
     print(text)
     if options.write is not None:
         options.write.write_text(text, encoding="utf-8")
-        shutil.copyfile(out / "evaluation" / "grid_small.png", options.write.with_suffix(".png"))
+        Image.open(out / "evaluation" / "grid_small.png").convert("RGB").save(options.write.with_suffix(".jpg"), quality=85)
     if not all(enough for _, _, enough in said):
         raise SystemExit("a bar was not reached")
 
