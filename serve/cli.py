@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from typer.core import TyperGroup
 
-from deployments.errors import InvalidRequest, LikenessError
+from deployments.errors import LikenessError
 from serve.cli_characters import characters
 from serve.cli_dataset import dataset
 from serve.cli_evaluate import EPILOG as EVALUATE_EPILOG
@@ -27,7 +26,7 @@ from serve.cli_jobs import jobs
 from serve.cli_keys import keys
 from serve.cli_loras import loras
 from serve.cli_models import models
-from serve.cli_options import command
+from serve.cli_options import command, read_body
 from serve.cli_output import ERR, OUT, drawing, print_answer, report_error, table, waiting, write_answer
 from serve.cli_train import EPILOG as TRAIN_EPILOG
 from serve.cli_train import train
@@ -99,7 +98,7 @@ def draw(workflow: str | None, values: dict[str, Any]) -> None:
     """Asks for pictures, writes them and prints where they are and how like. workflow: None leaves the choice to the fields."""
     out, server, as_json = values.pop("out"), values.pop("server", None), values.pop("as_json")
     body = values.pop("body", None)
-    fields = {**(_read_body(body) if body is not None else {}), **values}
+    fields = {**(read_body(body) if body is not None else {}), **values}
     chosen = workflow or fields.get("workflow") or (DEFAULT_WORKFLOW if fields.keys() & {"reference_image", "reference_images"} else None)
     with client_for(server) as client, waiting("drawing"):
         answer = client.generate(**{**fields, "workflow": chosen})
@@ -213,16 +212,6 @@ def serve(
             threading.Event().wait()
         except KeyboardInterrupt:
             ERR.print("stopping")
-
-
-def _read_body(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # of which JSON is a part
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidRequest(f"The file {path} cannot be read: {error}.", "Give a JSON or YAML file with fields of a request.") from error
-    if not isinstance(content, dict):
-        raise InvalidRequest(f"The file {path} holds no fields.", "Give a JSON or YAML file with fields of a request.")
-    return content
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from serve.cli_options import command
+from serve.cli_options import command, read_body
 from serve.cli_output import ERR, OUT, print_answer, table, write_answer
 from serve.client import DEFAULT_URL, Client
 from serve.client_jobs import Jobs, answered
@@ -57,8 +57,6 @@ _COLOURS = {"succeeded": "green", "failed": "red", "moderated": "red", "canceled
 
 
 def _submit(values: dict[str, Any]) -> None:
-    from serve.cli import _read_body as read_body
-
     server, as_json, watched = values.pop("server"), values.pop("as_json"), values.pop("watch_it")
     body = values.pop("body", None)
     fields = {**(read_body(body) if body is not None else {}), **values}

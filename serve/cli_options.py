@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from deployments.errors import InvalidRequest
 from serve.attachments import PICTURE_FIELDS
 
 _PICTURES = "reference_images"
@@ -101,3 +103,14 @@ def _plain(annotation: Any) -> Any:
     if get_origin(annotation) is Literal or annotation in (int, float, bool):
         return annotation
     return str
+
+
+def read_body(path: Path) -> dict[str, Any]:
+    """The fields that a file of `--body` holds. Raises InvalidRequest."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # of which JSON is a part
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"The file {path} cannot be read: {error}.", "Give a JSON or YAML file with fields of a request.") from error
+    if not isinstance(content, dict):
+        raise InvalidRequest(f"The file {path} holds no fields.", "Give a JSON or YAML file with fields of a request.")
+    return content

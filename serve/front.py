@@ -17,7 +17,6 @@ from deployments.job_server import open_jobs
 from deployments.store.audit import AuditLog
 from deployments.store.characters import CharacterStore
 from deployments.store.keys import KeyStore
-from deployments.store.migrate import migrate
 from deployments.urls import UrlGuard
 from serve.characters import CharacterDesk
 from serve.door import Door, DoorPolicy
@@ -38,8 +37,8 @@ def front(
 ) -> ASGIApp:
     """wake: tells a runner that there is something to do. named: called with every request's id in its own task. echo: whether answers
     carry that id; not behind Ray Serve's proxy, which adds the header. Raises StoreUnavailable."""
-    migrate(settings.store.database)
-    app = routes(calls, settings, desk_of(calls, settings, wake), readiness)
+    jobs = desk_of(calls, settings, wake)  # brings the store up to date, for all that follow
+    app = routes(calls, settings, jobs, readiness)
     return Watching(door(Known(app), settings, echo), app.routes, named)
 
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from deployments.contracts import PictureProgress
 from deployments.errors import InvalidRequest, ModeratedOutput, QueueFull
 from deployments.images import encode
-from deployments.job_runner import Finished, JobSettings, Report, Runner
+from deployments.job_runner import Execute, Finished, JobSettings, Report, Runner
 from deployments.job_server import joined, open_jobs
 from deployments.store.job_values import Event, JobInfo, Lease, NewJob
 from deployments.store.jobs import JobStore
@@ -109,7 +109,14 @@ def painted(body: Mapping[str, Any]) -> Finished:
 @asynccontextmanager
 async def running(store: JobStore, settings: JobSettings = QUICK, painter: Painter | None = None) -> AsyncIterator[Runner]:
     """A runner with a painter, stopped in order at the end."""
-    runner = Runner(store, {"generate": painter or Painter(store)}, settings, problem_json)
+    async with running_with(store, {"generate": painter or Painter(store)}, settings) as runner:
+        yield runner
+
+
+@asynccontextmanager
+async def running_with(store: JobStore, executors: Mapping[str, Execute], settings: JobSettings) -> AsyncIterator[Runner]:
+    """A runner, stopped in order at the end."""
+    runner = Runner(store, executors, settings, problem_json)
     task = asyncio.create_task(runner.run())
     try:
         yield runner

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deployments.errors import LikenessError, ReplicaLost
-from deployments.job_runner import Execute, JobSettings, Runner
+from deployments.job_runner import Execute, JobSettings
 from deployments.store.jobs import JobStore
 from deployments.store.provisional import Provisional
-from serve.job_answers import problem_json
 from serve.settings import AppSettings
 from tests.job_serving import QUICK
 from training.character_lora import curated, train_lora
@@ -135,15 +133,3 @@ def crew(handle: Any, settings: AppSettings, store: JobStore, trainings: Trainin
     training = TrainingExecutor(store, trainings, registry, provisional, files / FOLDER, faces, settings.training.datasets)
     evaluation = EvaluationExecutor(store, handle, provisional.characters, files / "evaluations", faces)
     return training, {TRAINING: training, EVALUATION: evaluation}
-
-
-@asynccontextmanager
-async def running(store: JobStore, executors: Mapping[str, Execute], settings: JobSettings = SLOTS) -> AsyncIterator[Runner]:
-    """A runner, stopped in order at the end."""
-    runner = Runner(store, executors, settings, problem_json)
-    task = asyncio.create_task(runner.run())
-    try:
-        yield runner
-    finally:
-        runner.stop()
-        await task

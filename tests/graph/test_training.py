@@ -21,8 +21,8 @@ from deployments.store.loras import LoraStore
 from deployments.store.tables import LoraRow
 from serve.settings import AppSettings
 from serve.training_answers import EvaluationFound, TrainedLora
-from tests.job_serving import until
-from tests.training_here import SLOTS, TrainingsHere, crew, running
+from tests.job_serving import running_with, until
+from tests.training_here import SLOTS, TrainingsHere, crew
 from tests.training_jobs import pictures
 from tests.whole_application import DOOR, Whole, whole
 from training.orders import TRAINING
@@ -77,7 +77,7 @@ def test_pictures_become_a_lora_of_a_new_character_that_draws_at_once(handle: An
 
     async def main() -> None:
         _, executors = crew(handle, settings, served.jobs, TrainingsHere())
-        async with running(served.jobs, executors):
+        async with running_with(served.jobs, executors, SLOTS):
             while served.jobs.live([begun["id"]]):
                 seen.append(await asyncio.to_thread(shown, served, key, begun["id"]))
                 await asyncio.sleep(0.05)
@@ -118,11 +118,11 @@ def test_a_character_is_trained_on_its_own_pictures_after_two_deaths(handle: Any
 
     async def main() -> None:
         _, executors = crew(handle, settings, served.jobs, trainings)
-        async with running(served.jobs, executors):
+        async with running_with(served.jobs, executors, SLOTS):
             await until(lambda: trainings.begun.get(begun["id"]) == 2 and served.jobs.get(begun["id"], "trainer").step > 0, 60)
         assert served.jobs.get(begun["id"], "trainer").status == "queued", "it goes back, and the training goes on"
         assert await trainings.alive() == {begun["id"]} and not trainings.stopped
-        async with running(served.jobs, executors):
+        async with running_with(served.jobs, executors, SLOTS):
             await done(served.jobs, begun["id"])
 
     asyncio.run(main())
@@ -144,7 +144,7 @@ def test_what_fails_and_what_is_cancelled_leaves_nothing(handle: Any, settings: 
     )
 
     async def main() -> None:
-        async with running(served.jobs, executors):
+        async with running_with(served.jobs, executors, SLOTS):
             await done(served.jobs, lost["id"])
             await until(lambda: served.jobs.get(long["id"], "unlucky").step > 1, 60)
             served.jobs.cancel(long["id"], "unlucky")
@@ -198,7 +198,7 @@ def test_an_evaluation_leaves_figures_and_files_and_stops_when_it_is_cancelled(h
 
     async def main() -> float:
         _, executors = crew(handle, settings, served.jobs, TrainingsHere())
-        async with running(served.jobs, executors, SLOTS) as runner:
+        async with running_with(served.jobs, executors, SLOTS) as runner:
             await done(served.jobs, begun["id"])
             await until(lambda: served.jobs.get(long["id"], "judge").step > 0, 60)
             served.jobs.cancel(long["id"], "judge")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -71,7 +71,7 @@ class Case:
     @property
     def asked(self) -> str:
         """16 hex digits that change with anything that is asked for: a picture of another request is not taken for this one's."""
-        text = json.dumps(_hashable(self.fields), sort_keys=True, default=str)
+        text = json.dumps(with_pictures_as(self.fields, _sha256), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -133,10 +133,14 @@ def _fields(plan: Plan, subject: Subject, configuration: Configuration, prompt: 
     return {**chosen, **own, "prompt": text_of(prompt, configuration, subject), "seed": seed}
 
 
-def _hashable(value: Any) -> Any:
-    """Pictures by their content's hash."""
+def with_pictures_as(value: Any, spelt: Callable[[bytes], str]) -> Any:
+    """Fields of a request, in which every picture is spelt so."""
     if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
+        return spelt(value)
     if isinstance(value, Mapping):
-        return {name: _hashable(item) for name, item in value.items()}
-    return [_hashable(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: with_pictures_as(item, spelt) for name, item in value.items()}
+    return [with_pictures_as(item, spelt) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _sha256(picture: bytes) -> str:
+    return hashlib.sha256(picture).hexdigest()

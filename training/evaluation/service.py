@@ -17,6 +17,7 @@ from deployments.errors import Cancelled, QueueFull, ReplicaLost
 from deployments.face_server import FaceSettings
 from deployments.job_runner import told
 from training.evaluation.adherence import measures
+from training.evaluation.cases import with_pictures_as
 from training.evaluation.likeness import Look
 from training.evaluation.plan import Plan
 from training.evaluation.run import Bench, Pictures, looking
@@ -123,10 +124,6 @@ async def asked(response: Any) -> Any:
         raise
 
 
-def as_json(value: Any) -> Any:
+def as_json(fields: Mapping[str, Any]) -> Any:
     """Fields of a request with their pictures as base64."""
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, Mapping):
-        return {name: as_json(item) for name, item in value.items()}
-    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
+    return with_pictures_as(fields, lambda picture: base64.b64encode(picture).decode())
