@@ -110,5 +110,12 @@ def test_people_never_mix_when_many_callers_draw_at_once(flux: Flux1Denoiser) ->
     alone = [draw(index) for index in range(12)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(draw, range(12)))
-    assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
-    assert len({picture.tobytes() for picture in alone}) == len(alone)
+    apart = np.array([[_levels_apart(one, other) for other in alone] for one in together])
+    # To one level of 255: another thread may be given another kernel, which rounds otherwise. Another request is far from that.
+    assert apart.diagonal().max() <= 1, apart
+    assert (apart + 255 * np.eye(len(alone), dtype=int)).min() > 10, apart
+
+
+def _levels_apart(one: RGB, other: RGB) -> int:
+    """The largest difference of two pictures, 0..255."""
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
