@@ -22,6 +22,7 @@ from serve.characters import CharacterDesk
 from serve.door import Door, DoorPolicy
 from serve.ingress import Calls, api
 from serve.job_desk import JobDesk
+from serve.limits import Room
 from serve.picture_urls import fetched
 from serve.presets import load_presets
 from serve.readiness import Readiness
@@ -51,7 +52,8 @@ def routes(calls: Calls, settings: AppSettings, jobs: JobDesk | None = None, rea
     if jobs is not None and settings.training.enabled:
         training = TrainingDesk(settings, jobs, characters, partial(calls.lora, "find"), calls.check)
     return api(
-        calls, settings.max_body_bytes, settings.max_lora_bytes, readiness=readiness, jobs=jobs, characters=desk, training=training
+        calls, settings.max_body_bytes, settings.max_lora_bytes, readiness=readiness, jobs=jobs, characters=desk, training=training,
+        room=Room(settings.denoiser.room * settings.workflows.most),
     )  # fmt: skip
 
 

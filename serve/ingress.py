@@ -11,6 +11,7 @@ import base64
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -30,6 +31,7 @@ from serve.callers import caller_of
 from serve.characters import CharacterDesk, add_character_routes
 from serve.job_desk import JobDesk
 from serve.jobs import add_job_routes, owner_by_caller
+from serve.limits import Room
 from serve.loras import LoraCalls, add_lora_routes
 from serve.metrics_page import add_metrics_route
 from serve.openapi import Application, body_schema
@@ -39,7 +41,7 @@ from serve.readiness import Readiness, add_ready_route, in_one_process
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
 from serve.training import add_training_routes
 from serve.training_desk import TrainingDesk
-from serve.waiting import preferred
+from serve.waiting import preference, preferred
 
 _LOG = logging.getLogger("likeness")
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -106,9 +108,12 @@ def api(
     jobs: JobDesk | None = None,
     characters: CharacterDesk | None = None,
     training: TrainingDesk | None = None,
+    room: Room | None = None,
 ) -> FastAPI:
     """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; more is refused while it is read. owner_of: whose
-    things a request is about; raises where nobody's. jobs, characters, training: without them their routes are not there."""
+    things a request is about; raises where nobody's. jobs, characters, training: without them their routes are not there. room: how many
+    may wait for their picture here, which is counted again behind `calls`; whom that would refuse is refused here, for a tenth of the work.
+    """
     # No redirects: where to is taken from the header Host, which is whatever a caller says.
     app = Application(
         title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None, redirect_slashes=False
@@ -136,10 +141,13 @@ def api(
 
     def named(workflow: str | None) -> Any:
         async def generate(request: Request) -> Response:
+            if room is not None and preference(request) is None:
+                room.refuse_full()  # before its pictures are read
             fields = await body(request)
             if jobs is not None and (answer := await preferred(request, workflow, fields, jobs)) is not None:
                 return answer
-            return _json(await calls.generate(workflow, fields, owner_of(request)))
+            with room.one() if room is not None else nullcontext():
+                return _json(await calls.generate(workflow, fields, owner_of(request)))
 
         return generate
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from starlette.types import Message, Receive
 
-from deployments.errors import InvalidRequest, LikenessError, QuotaExceeded, RateLimited, TooLarge
+from deployments.errors import InvalidRequest, LikenessError, QueueFull, QuotaExceeded, RateLimited, TooLarge
 
 Clock = Callable[[], float]
 """Seconds that only grow."""
@@ -85,6 +85,28 @@ class UnderWay:
 
     def __len__(self) -> int:
         return len(self._counts)
+
+
+class Room:
+    """Requests that are drawn or wait for it, as far as one process knows of them."""
+
+    def __init__(self, places: int) -> None:
+        self._places, self._inside = places, 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One more, for the length of the context. Raises as `refuse_full`."""
+        self.refuse_full()
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    def refuse_full(self) -> None:
+        """Raises QueueFull where no more may wait."""
+        if self._inside >= self._places:
+            raise QueueFull(f"{self._inside} requests are being drawn or wait; no more may.")
 
 
 class SlowBody(LikenessError):

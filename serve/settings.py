@@ -67,6 +67,11 @@ class Pool(_Strict):
     max_queued_requests: int = Field(default=1024, ge=1)
     graceful_shutdown_s: float = Field(default=60.0, gt=0)
 
+    @property
+    def most(self) -> int:
+        """How many replicas there are at most."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.replicas
+
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a Ray Serve deployment."""
         actor: dict[str, Any] = {"num_cpus": self.num_cpus, **({"num_gpus": self.num_gpus} if self.num_gpus else {})}
@@ -181,14 +186,9 @@ class DenoiserPool(TorchPool):
     pool: Pool = Pool(max_ongoing_requests=1, max_queued_requests=32, graceful_shutdown_s=120)
 
     @property
-    def replicas(self) -> int:
-        """How many there are at most."""
-        return self.pool.autoscaling.max_replicas if self.pool.autoscaling else self.pool.replicas
-
-    @property
     def room(self) -> int:
         """How many requests may be drawn or wait at once, in the eyes of each replica of Workflows."""
-        return self.replicas + self.pool.max_queued_requests
+        return self.pool.most + self.pool.max_queued_requests
 
     @model_validator(mode="after")
     def _one_at_a_time(self) -> Self:
@@ -248,7 +248,7 @@ class AppSettings(_Strict):
         """Of the runners. Of pools whose slots they do not say: one job is prepared while every denoiser draws another, and trainings and
         evaluations have what `training` says. (A pool without slots would take jobs that nobody ever does.)"""
         own, training = self.runners.jobs, self.training
-        slots = {"draw": self.denoiser.replicas + 1}
+        slots = {"draw": self.denoiser.pool.most + 1}
         if training.enabled:
             slots |= {pool_of(training.placement): training.slots, EVALUATE: training.evaluations}
         said = own.slots if "slots" in own.model_fields_set else {}

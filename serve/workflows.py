@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from deployments import images
 from deployments.catalog import load_catalog
 from deployments.contracts import Need, PersonPictures, PictureProgress
-from deployments.errors import InvalidRequest, MultipleFaces, QueueFull
+from deployments.errors import InvalidRequest, MultipleFaces
 from deployments.store.characters import CharacterStore
 from deployments.store.settings import EVERYBODY
 from deployments.urls import UrlGuard
@@ -39,6 +38,7 @@ from serve.answers import (
 )  # fmt: skip
 from serve.casting import Kept, played
 from serve.drawing import Asked, Drawing, Handle
+from serve.limits import Room
 from serve.normalise import normalise, parse
 from serve.picture_urls import fetched
 from serve.presets import load_presets
@@ -70,7 +70,7 @@ class Workflows:
         self._drawing = Drawing(settings, self._catalog, self._presets, faces, prompts, identity, controls, gate, denoiser)
         self._urls = UrlGuard(settings.pictures_by_url, "pictures_by_url")
         self._characters = CharacterStore(settings.store.database, settings.store.files)
-        self._room, self._inside = settings.denoiser.room, 0
+        self._room = Room(settings.denoiser.room)  # Serve's own count of a queue lets streams through (ray 2.60)
         self._served = [
             settings.base,
             *settings.methods,
@@ -84,7 +84,7 @@ class Workflows:
     async def generate(self, workflow: str | None, body: Mapping[str, Any], owner: str = EVERYBODY) -> GenerateResponse:
         """The pictures of a request: of a workflow's own body, or with None of any (`POST /v1/generate`). owner: whose LoRAs it may name.
         Raises LikenessError."""
-        with self._admitted():
+        with self._room.one():
             return await self._drawing.draw(await self._decided(workflow, body, owner))
 
     async def watched(
@@ -97,7 +97,7 @@ class Workflows:
         """
         events: asyncio.Queue[PictureProgress | None] = asyncio.Queue()
         tell = Thinned(events.put_nowait, every_s)
-        with self._admitted():
+        with self._room.one():
             asked = await self._decided(workflow, body, owner)
             drawing = asyncio.create_task(self._drawing.draw(asked, tell, previews))
             drawing.add_done_callback(lambda _: events.put_nowait(None))
@@ -112,17 +112,6 @@ class Workflows:
     async def check(self, workflow: str | None, body: Mapping[str, Any], owner: str = EVERYBODY) -> None:
         """Refuses, as generate would, what can be known without asking a model."""
         await self._decided(workflow, body, owner)
-
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Counts the requests that are being drawn or wait for it. Serve's own count of a queue lets streams through (ray 2.60)."""
-        if self._inside >= self._room:
-            raise QueueFull(f"{self._inside} requests are being drawn or wait; no more may.")
-        self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
 
     async def _decided(self, workflow: str | None, body: Mapping[str, Any], owner: str) -> Asked:
         settings = self._settings

@@ -16,6 +16,7 @@ from deployments.errors import Cancelled, LikenessError, MultipleFaces
 from serve.answers import GenerateResponse
 from serve.client import Client
 from serve.ingress import Calls, api, told
+from serve.limits import Room
 from serve.problem import problem_of
 
 ADA = Path(__file__).resolve().parents[2] / "samples" / "characters" / "ada-1.png"
@@ -59,6 +60,7 @@ NESTED = '{"identity":' * 200 + "1" + "}" * 200
         ('{"prompt": "x", "identity": {"weight": 1, "weight": 2}}', "'weight' is given twice"),
         ('{"prompt": "x", "\\ud800": 1, "\\ud800": 2}', "given twice"),
     ],
+    ids=["deep", "nested", "many", "twice", "twice inside", "twice in surrogates"],
 )
 def test_json_that_no_request_looks_like_is_refused_at_the_door(http: httpx.Client, scribe: Scribe, content: str, says: str) -> None:
     answer = http.post("/v1/generate", content=content)
@@ -152,3 +154,15 @@ def test_errors_of_the_door_reach_the_sdk_as_errors(http: httpx.Client) -> None:
     with Client("http://likeness.local", transport=http._transport) as client, pytest.raises(LikenessError) as caught:
         client.generate(prompt="x" * 2 * LIMIT)
     assert caught.value.code == "too_large"
+
+
+def test_whom_there_is_no_room_for_is_refused_before_the_body_is_looked_at(scribe: Scribe) -> None:
+    room = Room(1)
+    app = api(cast(Calls, scribe), LIMIT, room=room)
+    with Client("http://likeness.local", transport=httpx.ASGITransport(app, raise_app_exceptions=False)) as client:
+        with room.one():
+            told = client._http.post("/v1/generate", content=DEEP)  # which would be refused for what it is
+        assert (told.status_code, told.json()["code"]) == (429, "queue_full") and int(told.headers["retry-after"]) > 0
+        assert not scribe.asked
+        for _ in range(3):  # those that were answered have left
+            assert client._http.post("/v1/generate", json={"prompt": "x"}).status_code == 200
