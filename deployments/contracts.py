@@ -276,8 +276,9 @@ class WorkProgress:
 @dataclass(frozen=True, eq=False)
 class Drawn:
     """The finished picture, and the seconds spent on each stage of drawing it. left_out: of each identity's references, see
-    IdentityTokens."""
+    IdentityTokens. peak_bytes: see deployments/hardware.py; None where nobody has measured it."""
 
     picture: RGB
     seconds: Mapping[str, float]
     left_out: tuple[tuple[int, ...], ...] = ()
+    peak_bytes: int | None = None

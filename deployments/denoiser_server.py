@@ -22,7 +22,7 @@ from pydantic import Field
 from deployments import metrics
 from deployments.catalog import load_catalog
 from deployments.contracts import Drawn, GenerationSpec, Guides, Identities, Progress, Prompts
-from deployments.hardware import MemoryMode, TorchSettings, claim
+from deployments.hardware import MemoryMode, TorchSettings, claim, forget_peak, peak_bytes
 from deployments.store.settings import StoreSettings
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class DenoiserServer:
             loras=_lora_files(store), lora_cache_bytes=settings.lora_cache_bytes,
             memory=settings.memory, cache_threshold=settings.cache_threshold, device=settings.device, dtype=dtype,
         )  # fmt: skip
-        self._thread = ThreadPoolExecutor(1, "denoise")
+        self._thread, self._device = ThreadPoolExecutor(1, "denoise"), settings.device
         self._lora_cache, self._applied = metrics.lora_cache(), frozenset[tuple[str, float]]()
 
     async def generate(
@@ -78,7 +78,7 @@ class DenoiserServer:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         given = spec, prompts.embeds, identities.tokens, guides
-        draw = partial(self._denoiser.draw, *given, on_step=report, cancelled=cancelled.is_set, previews=previews)
+        draw = partial(self._drawn, *given, on_step=report, cancelled=cancelled.is_set, previews=previews)
         # In a copy of this task's context: what is logged while drawing carries the request's id.
         drawing = loop.run_in_executor(self._thread, copy_context().run, draw)
         drawing.add_done_callback(lambda _: events.put_nowait(None))
@@ -95,6 +95,12 @@ class DenoiserServer:
             cancelled.set()
             await _over(drawing)
             self._count(spec)
+
+    def _drawn(self, *given: Any, **options: Any) -> Drawn:
+        """One at a time, in the thread of drawing: the peak is this picture's."""
+        forget_peak(self._device)
+        drawn: Drawn = self._denoiser.draw(*given, **options)
+        return replace(drawn, peak_bytes=peak_bytes(self._device))
 
     def _count(self, spec: GenerationSpec) -> None:
         loras = frozenset((lora.sha256, lora.scale) for lora in spec.loras if lora.scale)

@@ -6,6 +6,11 @@ Ray's fractions of a GPU are bookkeeping; here they are kept. Knows no model.
 from __future__ import annotations
 
 import os
+import re
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +20,7 @@ from deployments.errors import ProviderUnavailable
 if TYPE_CHECKING:
     import torch
 
+_PROCESS = Path("/proc/self")
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 MemoryMode = Literal["full", "offload", "group", "sequential", "fp8", "fp8-offload", "fp8-sequential", "nf4", "nf4-offload"]
@@ -50,3 +56,27 @@ def claim(settings: TorchSettings) -> torch.dtype:
         torch.cuda.set_per_process_memory_fraction(settings.gpu_fraction)
     dtype: torch.dtype = getattr(torch, settings.dtype)
     return dtype
+
+
+def forget_peak(device: Device) -> None:
+    """What `peak_bytes` tells counts from here on."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):  # where it may not be written the peak is that of the process's whole life
+        (_PROCESS / "clear_refs").write_text("5")  # resets VmHWM: proc(5)
+
+
+def peak_bytes(device: Device) -> int:
+    """The most memory since `forget_peak`: of a GPU what torch had allocated in it, else what the process had in RAM."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", (_PROCESS / "status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -91,6 +91,7 @@ class GenerateResponse(_Answer):
                         }
                     ],
                     "timings": {"faces": 0.05, "denoise": 1.9},
+                    "peak_bytes": 734003200,
                     "models": ["flux1-mini", "pulid-mini", "faces-mini"],
                     "licences": [{"model": "flux1-mini", "name": "Apache-2.0", "commercial": True}],
                     "request": {"prompt": "a portrait in a library", "seed": 7, "steps": 20},
@@ -103,6 +104,9 @@ class GenerateResponse(_Answer):
     model: str = Field(description="The base model, by its id in the catalogue.")
     data: list[ImageItem]
     timings: dict[str, float] = Field(default_factory=dict, description="Seconds by stage.")
+    peak_bytes: int | None = Field(
+        default=None, description="The most memory that the denoiser held while it drew: of its GPU, or of its process where it has none."
+    )
     models: list[str] = Field(default_factory=list, description="Every model that took part, by its id.")
     licences: list[LicenceInfo] = Field(default_factory=list, description="The licences that these pixels fall under.")
     request: dict[str, Any] = Field(default_factory=dict, description="Every value that changes pixels, as it was used.")

@@ -158,7 +158,7 @@ def drawn_by(client: Client) -> Draw:
 
     def draw(fields: Mapping[str, Any]) -> Pictures:
         answer = _patiently(client, fields)
-        return Pictures([item.content for item in answer.data], answer.timings.get("total"), tuple(answer.models))
+        return Pictures([item.content for item in answer.data], answer.timings.get("total"), tuple(answer.models), answer.peak_bytes)
 
     return draw
 

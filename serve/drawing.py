@@ -142,6 +142,7 @@ class Drawing:
         prompts = self._prompts.encode.remote(texts, first.max_sequence_length)
         seconds = _Seconds()
         finishing: list[asyncio.Task[ImageItem]] = []
+        peaks: list[int] = []
         try:
             for place, spec in enumerate(specs):
                 reporting = _Reporting(told, place, len(specs), previews)
@@ -150,6 +151,7 @@ class Drawing:
                     await self._gate.release.remote((drawn.picture,))
                 # What went before the drawing is shared by all pictures of a request.
                 seconds.add(drawn.seconds if spec is first else {stage: drawn.seconds[stage] for stage in ("denoise", "decode")})
+                peaks += [drawn.peak_bytes] if drawn.peak_bytes is not None else []
                 finishing.append(asyncio.create_task(self._finished(drawn.picture, {**made, "seed": spec.seed}, party, request, seconds)))
             items = await asyncio.gather(*finishing)
         except BaseException:
@@ -159,7 +161,7 @@ class Drawing:
         seconds.add({"total": time.perf_counter() - started})
         self._count(request, first, items, seconds.spent)
         warnings = [*asked.notes, *warnings_of(request, self._presets, first, await unread, self._settings), *left_out(drawn)]
-        return self._answer(wanted, made, request, items, seconds.spent, warnings)
+        return self._answer(wanted, made, request, items, seconds.spent, max(peaks, default=None), warnings)
 
     def _guides(self, wanted: Wanted) -> Any:
         """What the control server will answer; nothing is asked of it where there is nothing to prepare."""
@@ -273,6 +275,7 @@ class Drawing:
         request: GenerateRequest,
         items: list[ImageItem],
         seconds: Mapping[str, float],
+        peak: int | None,
         warnings: list[str],
     ) -> GenerateResponse:
         entries = self._used(wanted, request.scores and bool(wanted.specs[0].identities))
@@ -281,6 +284,7 @@ class Drawing:
             model=wanted.specs[0].base,
             data=items,
             timings={stage: round(value, 4) for stage, value in seconds.items()},
+            peak_bytes=peak,
             models=[entry.id for entry in entries],
             licences=[LicenceInfo.of(entry) for entry in entries],
             request=made,

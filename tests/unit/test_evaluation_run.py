@@ -66,6 +66,7 @@ def test_the_person_is_told_from_a_stranger_and_from_nobody(done: Evaluation, fo
     assert own["above_threshold"] == 1 and base["above_threshold"] < 0.5
     assert own["held_out"]["mean"] > 0.8 and 0.8 < own["relative_identity"] < 1.1
     assert own["adherence"]["scene"] == 1 and own["seconds"] == {"mean": 0.25, "median": 0.25}
+    assert own["peak_bytes"] is None
     assert found["models"]["face-judge-mini"].keys() == {"judge/arcface_judge.onnx"} and "flux1-mini" in found["models"]
     assert found["subjects"]["Ada"]["sex"] == "F"
 

@@ -54,6 +54,7 @@ def figures(rows: Sequence[Row], known: Mapping[str, Known], threshold: float) -
         "nearest_reference": _nearest(seen),
         "copy_paste": _spread(seen, lambda row: row.measured.copy_paste),
         "adherence": {name: _mean([row.adherence[name] for row in rows if name in row.adherence]) for name in _measures(rows)},
+        "peak_bytes": max((row.peak_bytes for row in rows if row.peak_bytes is not None), default=None),
         "seconds": {"mean": _mean([row.seconds for row in rows]), "median": float(np.median([row.seconds for row in rows]))},
     }
 

@@ -26,13 +26,15 @@ _TURNED_TO: Final = 40.0
 """Degrees, up to which recognisers are commonly trusted (lora-dataset-studio, docs/guide/settings-reference.md)."""
 _MEASURED: Final = tuple(Measured.__dataclass_fields__)
 _WHOLE: Final = frozenset({"faces", "nearest_reference"})
-_FIXED: Final = ("subject", "sex", "configuration", "prompt", "framing", "seed", "asked", *_MEASURED, "seconds", "models", "picture")
+_FIXED: Final = (
+    "subject", "sex", "configuration", "prompt", "framing", "seed", "asked", *_MEASURED, "seconds", "models", "picture", "peak_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One picture. asked: see Case.asked. seconds: that it took. models: ids of all that drew it. picture: its file, below the folder of
-    the evaluation. adherence: measure -> number."""
+    the evaluation. peak_bytes: the most memory that the denoiser held, where that is known. adherence: measure -> number."""
 
     key: Key
     framing: Framing
@@ -42,6 +44,7 @@ class Row:
     seconds: float
     models: tuple[str, ...]
     picture: str
+    peak_bytes: int | None = None
     adherence: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -111,7 +114,7 @@ class RowFile:
     def _values(self, row: Row) -> list[Any]:
         own: dict[str, Any] = {
             **row.key._asdict(), "sex": row.sex or "", "framing": row.framing, "asked": row.asked, "seconds": round(row.seconds, 4),
-            "models": " ".join(row.models), "picture": row.picture,
+            "models": " ".join(row.models), "picture": row.picture, "peak_bytes": _short(row.peak_bytes),
             **{name: _short(getattr(row.measured, name)) for name in _MEASURED},
             **{name: _short(row.adherence.get(name)) for name in self._measures},
         }  # fmt: skip
@@ -141,6 +144,7 @@ def _row(line: Mapping[str, str], measures: Sequence[str]) -> Row:
         seconds=float(line["seconds"]),
         models=tuple(line["models"].split()),
         picture=line["picture"],
+        peak_bytes=int(line["peak_bytes"]) if line["peak_bytes"] else None,
         adherence={name: float(line[name]) for name in measures if line[name]},
     )
 

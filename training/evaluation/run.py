@@ -27,11 +27,12 @@ from training.evaluation.rows import Row, RowFile
 @dataclass(frozen=True)
 class Pictures:
     """What was drawn. encoded: files, of which the first counts. seconds: as the service says; the clock's, where it says nothing.
-    models: the catalogue's ids of all that took part."""
+    models: the catalogue's ids of all that took part. peak_bytes: the most memory that the denoiser held; None where it is not known."""
 
     encoded: Sequence[bytes]
     seconds: float | None = None
     models: tuple[str, ...] = ()
+    peak_bytes: int | None = None
 
 
 Draw = Callable[[Mapping[str, Any]], Pictures]
@@ -128,6 +129,7 @@ def _drawn(case: Case, draw: Draw, folder: Path, person: Known, bench: Bench) ->
         seconds=spent if drawn.seconds is None else drawn.seconds,
         models=drawn.models,
         picture=place,
+        peak_bytes=drawn.peak_bytes,
         adherence=followed,
     )
 

@@ -100,7 +100,7 @@ class Service:
     async def _drawn(self, body: Mapping[str, Any]) -> Pictures:
         answer = await asked(self._workflows.generate.remote(None, body, self._owner))
         files = [base64.b64decode(item.b64_json) for item in answer.data if item.b64_json is not None]
-        return Pictures(files, answer.timings.get("total"), tuple(answer.models))
+        return Pictures(files, answer.timings.get("total"), tuple(answer.models), answer.peak_bytes)
 
     async def _seen(self, pictures: tuple[bytes, ...]) -> Sequence[PictureFaces]:
         for need in (("judge", "attributes"), ("judge",)):

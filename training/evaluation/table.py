@@ -58,7 +58,7 @@ def _table(first: str, lines: Mapping[str, _Figures], threshold: float) -> Itera
     measures = list(dict.fromkeys(name for figures in lines.values() for name in figures["adherence"]))
     heads = [
         first, "Mean (95 %)", "Median", "Std", "No-face rate", "Mean, no face as 0", f">= {threshold:g}", "Relative", "Held out",
-        "Copy-paste", *measures, "s a picture", "Pictures",
+        "Copy-paste", *measures, "s a picture", "Peak GiB", "Pictures",
     ]  # fmt: skip
     yield _row(heads)
     yield _row(["---"] * len(heads))
@@ -78,7 +78,8 @@ def _cells(figures: _Figures) -> list[str]:
 
 
 def _last(figures: _Figures) -> list[str]:
-    return [_number(figures["seconds"]["median"], 2), str(figures["pictures"])]
+    peak = figures["peak_bytes"]
+    return [_number(figures["seconds"]["median"], 2), _number(peak and peak / 2**30, 2), str(figures["pictures"])]
 
 
 def _row(cells: Sequence[str]) -> str:
