@@ -1,7 +1,7 @@
 """DenoiserServer: one base model with its adapters; draws one picture at a time and stops within a step. See deployments/denoisers/.
 
 Drawing happens in a thread of its own, so that the event loop can hear a cancel. The slot of a cancelled request frees when its
-thread has left the model, never before.
+thread has left the model, never before; that of one which waits for the thread, at once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class DenoiserServer:
         given = spec, prompts.embeds, identities.tokens, guides
         draw = partial(self._drawn, *given, on_step=report, cancelled=cancelled.is_set, previews=previews)
         # In a copy of this task's context: what is logged while drawing carries the request's id.
-        drawing = loop.run_in_executor(self._thread, copy_context().run, draw)
+        work = self._thread.submit(copy_context().run, draw)
+        drawing = asyncio.wrap_future(work)
         drawing.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
@@ -93,6 +94,7 @@ class DenoiserServer:
             if not drawing.done():
                 _LOG.info("a drawing is not wanted any more")
             cancelled.set()
+            work.cancel()  # in vain once it has begun
             await _over(drawing)
             self._count(spec)
 
