@@ -198,7 +198,7 @@ class Runner:
 
     async def run(self) -> None:
         """Returns after `stop`."""
-        await asyncio.gather(self._taking.run(), self._checking.run(), self._beating.run())
+        await asyncio.gather(self._tell_of_others(), self._taking.run(), self._checking.run(), self._beating.run())
         while self._endings:
             await asyncio.wait(self._endings)
         self._threads.shutdown(wait=False)
@@ -225,6 +225,14 @@ class Runner:
     def running(self) -> frozenset[str]:
         """Ids of the jobs that are being done here."""
         return frozenset(self._held)
+
+    async def _tell_of_others(self) -> None:
+        """Jobs that wait for other runners than this one. Settings that were changed since may have left them without any."""
+        with suppress(StoreUnavailable):
+            for pool, (count, oldest_s) in (await self._call(self._store.depth)).items():
+                if pool not in self._settings.slots:
+                    said = "%d jobs wait in the pool %s (%.0f s the first), which this server does not serve: another one does, or nobody"
+                    _LOG.warning(said, count, pool, oldest_s)
 
     async def _take(self) -> None:
         settings = self._settings

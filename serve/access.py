@@ -50,7 +50,9 @@ ACCESS: Mapping[str, Access] = {
     "/v1/artifacts": Access("jobs"),
     "/v1/webhooks": Access("jobs"),
     "/v1/training": Access("train"),
+    "POST /v1/training/jobs": Access("train", own_limit=True),
     "/v1/evaluations": Access("train"),
+    "POST /v1/evaluations": Access("train", own_limit=True),
 }
 """By the address of a route or of all beneath it, of one method or of all. The most exact one counts. The workflows' own addresses come
 from configs/workflows/ and need `generate`."""

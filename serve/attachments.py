@@ -39,13 +39,34 @@ def data_uri(picture: Any) -> str:
 
     Raises InvalidImage for a file that is not there, and for anything else.
     """
+    found = source_of(picture)
+    if isinstance(found, str):
+        return found
+    content = _read(found) if isinstance(found, Path) else found
+    return f"data:{media_of(content)};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def source_of(picture: Any) -> Path | bytes | str:
+    """Where a picture lies: the path of its file, its bytes, or text that is for the server to judge. Raises InvalidImage as data_uri."""
     if isinstance(picture, os.PathLike):
-        return _of_bytes(_read(Path(picture)))
+        return Path(picture)
     if isinstance(picture, str):
-        return _of_text(picture)
+        return _path_of(picture) or picture
     if isinstance(picture, bytes | bytearray | memoryview):
-        return _of_bytes(bytes(picture))
-    return _of_bytes(_png(picture))
+        return bytes(picture)
+    return _png(picture)
+
+
+def media_of(opening: bytes) -> str:
+    """`image/png`, say. opening: the first bytes of a file, or all. Raises InvalidImage for those of no picture."""
+    media = next((media for start, media in _OPENINGS if opening.startswith(start)), None)
+    if media is None:
+        raise InvalidImage("The file is not a PNG, JPEG or WebP picture.")
+    return media
+
+
+def unreadable(path: Path, error: OSError) -> InvalidImage:
+    return InvalidImage(f"The picture {path} cannot be read: {error.strerror}.", "Check the path.", {"path": str(path)})
 
 
 def _value(name: str, value: Any) -> Any:
@@ -56,26 +77,19 @@ def _value(name: str, value: Any) -> Any:
     return value
 
 
-def _of_text(text: str) -> str:
-    """A path is read; anything that is not one is passed on, for the server to judge."""
+def _path_of(text: str) -> Path | None:
+    """None for what is no path."""
     if text.startswith(("data:", "http://", "https://")) or len(text) > _PATH_CHARACTERS:
-        return text
+        return None
     path = Path(text)
-    return _of_bytes(_read(path)) if path.suffix or path.is_file() else text
+    return path if path.suffix or path.is_file() else None
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InvalidImage(f"The picture {path} cannot be read: {error.strerror}.", "Check the path.", {"path": str(path)}) from error
-
-
-def _of_bytes(data: bytes) -> str:
-    media = next((media for opening, media in _OPENINGS if data.startswith(opening)), None)
-    if media is None:
-        raise InvalidImage("The file is not a PNG, JPEG or WebP picture.")
-    return f"data:{media};base64,{base64.b64encode(data).decode('ascii')}"
+        raise unreadable(path, error) from error
 
 
 def _png(picture: Any) -> bytes:

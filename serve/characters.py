@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
+from pydantic import Field
 
 from deployments.errors import InvalidImage, InvalidRequest, NoFaceDetected, StoreUnavailable
 from deployments.picture_metadata import without_metadata
@@ -18,6 +19,8 @@ from deployments.store.characters import CharacterStore, named, no_picture
 from serve.callers import caller_of
 from serve.character_answers import REASONS, CharacterDeleted, CharacterEntry, CharacterItem, CharactersResponse
 from serve.character_bodies import CharacterChange, FaceModelUpload, LoraLink, MorePictures, NewCharacter, body_of, documented
+from serve.jobs import Strict, query_of
+from serve.jobs import documented as queried
 from serve.problem import MEDIA_TYPE, Problem
 
 if TYPE_CHECKING:
@@ -40,6 +43,12 @@ class Curate(Protocol):
     """FaceServer.curate, wherever it runs."""
 
     def __call__(self, pictures: Sequence[bytes], known: Sequence[PictureFacts], best: int | None) -> Awaitable[Curated]: ...
+
+
+class CharacterQuery(Strict):
+    """How much of a character."""
+
+    centroid: bool = Field(default=False, description="With the judge's mean embedding.")
 
 
 class CharacterDesk:
@@ -160,13 +169,13 @@ def add_character_routes(app: FastAPI, desk: CharacterDesk, max_body_bytes: int,
 
     async def listed(request: Request) -> CharactersResponse:
         """Your characters, the newest first."""
+        query_of(request, Strict)
         return CharactersResponse(data=[CharacterEntry.of(summary) for summary in await desk.list(whose(request))])
 
-    async def show(
-        id: str, request: Request, centroid: Annotated[bool, Query(description="With the judge's mean embedding.")] = False
-    ) -> CharacterItem:
+    async def show(id: str, request: Request) -> CharacterItem:
         """One of your characters: its pictures, which is best, how much they are alike, and what is to be known of them."""
-        return CharacterItem.of(await desk.get(id, whose(request)), centroid)
+        asked = query_of(request, CharacterQuery)
+        return CharacterItem.of(await desk.get(id, whose(request)), asked.centroid)
 
     async def update(id: str, request: Request) -> CharacterItem:
         """Another name, or another best picture: whoever it shows is the person. `best: null` chooses by quality again."""
@@ -177,12 +186,13 @@ def add_character_routes(app: FastAPI, desk: CharacterDesk, max_body_bytes: int,
     async def delete(id: str, request: Request) -> CharacterDeleted:
         """Delete a character: its pictures, its embeddings, and its ties to LoRAs. What was drawn of it stays with the jobs that drew it,
         until they are deleted or expire; jobs that still wait for it fail."""
+        query_of(request, Strict)
         await desk.delete(id, whose(request))
         return CharacterDeleted(id=id)
 
     app.post(_ALL, status_code=201, summary="Make a character", responses=_BAD, openapi_extra=documented(NewCharacter))(create)
     app.get(_ALL, summary="Your characters")(listed)
-    app.get(_ONE, summary="One of your characters", responses=_GONE)(show)
+    app.get(_ONE, summary="One of your characters", responses=_GONE, openapi_extra=queried(CharacterQuery))(show)
     app.patch(_ONE, summary="Rename, or choose the best", responses=_GONE | _BAD, openapi_extra=documented(CharacterChange))(update)
     app.delete(_ONE, summary="Delete a character", responses=_GONE)(delete)
     _add_picture_routes(app, desk, max_body_bytes, whose)
@@ -197,11 +207,13 @@ def _add_picture_routes(app: FastAPI, desk: CharacterDesk, max_body_bytes: int, 
 
     async def picture(id: str, picture: str, request: Request) -> Response:
         """The file of a picture, without what it said beside the picture."""
+        query_of(request, Strict)
         content, format = await desk.picture(id, picture, whose(request))
         return Response(content, media_type=f"image/{format}", headers=_UNKEPT)
 
     async def remove(id: str, picture: str, request: Request) -> CharacterItem:
         """Delete one picture. The others are judged anew."""
+        query_of(request, Strict)
         return CharacterItem.of(await desk.remove(id, picture, whose(request)))
 
     body = documented(MorePictures)
@@ -219,6 +231,7 @@ def _add_model_routes(app: FastAPI, desk: CharacterDesk, max_body_bytes: int, wh
 
     async def export(id: str, request: Request) -> Response:
         """The character as ComfyUI-ReActor keeps a face model: one embedding, of the recogniser that its metadata names."""
+        query_of(request, Strict)
         content = await desk.face_model(id, whose(request))
         disposition = {"content-disposition": f'attachment; filename="{id}.safetensors"'}
         return Response(content, media_type="application/octet-stream", headers=_UNKEPT | disposition)

@@ -213,6 +213,8 @@ def _leave(item: JobItem) -> None:
 def _waits(item: JobItem) -> str:
     if item.queue_position is None:
         return "running" if item.status == "running" else item.status
+    if item.waiting_for is not None:
+        return f"for a runner of {item.waiting_for}: this server has none"
     return "next" if item.queue_position == 0 else f"{item.queue_position} before it"
 
 

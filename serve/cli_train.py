@@ -45,6 +45,7 @@ _STAGES: Mapping[str, str] = {
     "selecting": "choosing the checkpoint",
     "done": "done",
 }
+_OUT = Path("out/lora")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 # As training.dataset.dataset calls it, which needs OpenCV.
 _DATASET = "dataset.json"
@@ -68,7 +69,9 @@ def train(
     name: Annotated[str | None, typer.Option(help="With a server: what the LoRA is called.")] = None,
     key: Annotated[str | None, typer.Option("--key", help="With a server: the same request with the same key is the same job.")] = None,
     webhook_url: Annotated[str | None, typer.Option(help="With a server: where the job is posted to once it has ended.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Without a server: where everything goes.")] = Path("out/lora"),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Without a server: where everything goes; by default out/lora.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what came of it as JSON.")] = False,
     server: Annotated[
         str | None, typer.Option("--server", envvar="LIKENESS_SERVER", help="Address of a server; without one it is trained here.")
@@ -80,9 +83,12 @@ def train(
         for option, said in (("character", character), ("name", name), ("key", key), ("webhook-url", webhook_url)):
             if said is not None:
                 raise InvalidRequest(f"--{option} is for a server, and none is named.", "Name it with --server, or leave the option out.")
-        trained = _here(folder, trigger_word, class_word, reference, preset or "mini", settings, out)
+        trained = _here(folder, trigger_word, class_word, reference, preset or "mini", settings, out or _OUT)
         _tell_here(trained, as_json)
         return
+    if out is not None:
+        remedy = "Leave it out, and name the LoRA by its id. `likeness jobs fetch ID --out FOLDER` writes the candidates' grid."
+        raise InvalidRequest(f"--out is for a training in this process; {server} keeps the LoRA that it trains.", remedy)
     files = _pictures(folder)
     sent = {
         "trigger_word": trigger_word, "class_word": class_word, "images": files, "character_id": character, "reference_image": reference,

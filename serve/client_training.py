@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from deployments.errors import LikenessError
-from serve.attachments import with_pictures
 from serve.client_jobs import AsyncJob, AsyncJobs, Job, Jobs, at, key_header
 from serve.job_answers import JobItem, JobsResponse
+from serve.picture_forms import sent
 from serve.problem import error_of
 from serve.training_answers import EVALUATION, EVALUATIONS, TRAINING, TRAININGS, EvaluationFound, TrainedLora
 
@@ -30,8 +31,9 @@ class Trainings:
 
     def submit(self, *, idempotency_key: str | None = None, **fields: Any) -> Training:
         """A LoRA of a person, to be trained. fields: those of `POST /v1/training/jobs`; pictures may be paths, bytes, PIL pictures or
-        arrays. Raises as the server does for a request that cannot be done, IdempotencyConflict, QuotaExceeded."""
-        return Training(self._jobs, _submitted(self._jobs, TRAININGS, fields, idempotency_key))
+        arrays, and go up as files. Raises as the server does for a request that cannot be done, IdempotencyConflict, QuotaExceeded."""
+        with _request(fields, idempotency_key) as content:
+            return Training(self._jobs, self._jobs.ask("POST", TRAININGS, JobItem, **content))
 
     def list(self, *, status: str | None = None, limit: int | None = None, before: str | None = None) -> JobsResponse:
         """Yours, the newest first."""
@@ -50,7 +52,8 @@ class Evaluations:
 
     def submit(self, *, idempotency_key: str | None = None, **fields: Any) -> EvaluationJob:
         """How like a person the pictures are. fields: those of `POST /v1/evaluations`. Raises as Trainings.submit."""
-        return EvaluationJob(self._jobs, _submitted(self._jobs, EVALUATIONS, fields, idempotency_key))
+        with _request(fields, idempotency_key) as content:
+            return EvaluationJob(self._jobs, self._jobs.ask("POST", EVALUATIONS, JobItem, **content))
 
     def list(self, *, status: str | None = None, limit: int | None = None, before: str | None = None) -> JobsResponse:
         """Yours, the newest first."""
@@ -104,7 +107,8 @@ class AsyncTrainings:
 
     async def submit(self, *, idempotency_key: str | None = None, **fields: Any) -> AsyncTraining:
         """As Trainings.submit."""
-        return AsyncTraining(self._jobs, await _awaited(self._jobs, TRAININGS, fields, idempotency_key))
+        with _request(fields, idempotency_key) as content:
+            return AsyncTraining(self._jobs, await self._jobs.ask("POST", TRAININGS, JobItem, **content))
 
     async def list(self, *, status: str | None = None, limit: int | None = None, before: str | None = None) -> JobsResponse:
         return await self._jobs.ask("GET", TRAININGS, JobsResponse, params=_asked(status, limit, before))
@@ -121,7 +125,8 @@ class AsyncEvaluations:
 
     async def submit(self, *, idempotency_key: str | None = None, **fields: Any) -> AsyncEvaluationJob:
         """As Evaluations.submit."""
-        return AsyncEvaluationJob(self._jobs, await _awaited(self._jobs, EVALUATIONS, fields, idempotency_key))
+        with _request(fields, idempotency_key) as content:
+            return AsyncEvaluationJob(self._jobs, await self._jobs.ask("POST", EVALUATIONS, JobItem, **content))
 
     async def list(self, *, status: str | None = None, limit: int | None = None, before: str | None = None) -> JobsResponse:
         return await self._jobs.ask("GET", EVALUATIONS, JobsResponse, params=_asked(status, limit, before))
@@ -151,12 +156,11 @@ class AsyncEvaluationJob(AsyncJob):
         return {file.name: await self._jobs.artifact(file.artifact) for file in found.data if file.artifact is not None}
 
 
-def _submitted(jobs: Jobs, path: str, fields: Mapping[str, Any], key: str | None) -> JobItem:
-    return jobs.ask("POST", path, JobItem, json=with_pictures(fields), headers=key_header(key))
-
-
-async def _awaited(jobs: AsyncJobs, path: str, fields: Mapping[str, Any], key: str | None) -> JobItem:
-    return await jobs.ask("POST", path, JobItem, json=with_pictures(fields), headers=key_header(key))
+@contextmanager
+def _request(fields: Mapping[str, Any], key: str | None) -> Iterator[dict[str, Any]]:
+    """What `ask` is given for a submission."""
+    with sent(fields) as content:
+        yield {**content, "headers": key_header(key)}
 
 
 def _asked(status: str | None, limit: int | None, before: str | None) -> dict[str, Any]:

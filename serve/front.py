@@ -52,8 +52,8 @@ def routes(calls: Calls, settings: AppSettings, jobs: JobDesk | None = None, rea
     if jobs is not None and settings.training.enabled:
         training = TrainingDesk(settings, jobs, characters, partial(calls.lora, "find"), calls.check)
     return api(
-        calls, settings.max_body_bytes, settings.max_lora_bytes, readiness=readiness, jobs=jobs, characters=desk, training=training,
-        room=Room(settings.denoiser.room * settings.workflows.most),
+        calls, settings.max_body_bytes, settings.max_lora_bytes, max_set_bytes=settings.max_set_bytes, readiness=readiness, jobs=jobs,
+        characters=desk, training=training, room=Room(settings.denoiser.room * settings.workflows.most),
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from serve.problem import MEDIA_TYPE, RETRY_AFTER_S, Problem, once, problem_of
 from serve.readiness import Readiness, add_ready_route, in_one_process
 from serve.schemas import AnalyzeRequest, CompareRequest, GenerateRequest
 from serve.training import add_training_routes
+from serve.training_bodies import MOST_PICTURES
 from serve.training_desk import TrainingDesk
 from serve.waiting import preference, preferred
 
@@ -55,6 +56,8 @@ _STRUCTURED = frozenset(
 )
 # A body has people, their pictures and a few fields: far fewer values, in far fewer levels. (Ray cannot send deep ones on.)
 _MOST_LEVELS, _MOST_VALUES = 16, 10_000
+# Of a form. A set may be two sets and one more: what is trained on or looked at, what is held out, and who is meant.
+_FILES, _SET_FILES = 64, 2 * MOST_PICTURES + 1
 # What Ray raises, by name, where the process that worked on a request is gone or going.
 _DEATHS = frozenset({"RayActorError", "WorkerCrashedError", "NodeDiedError", "DeploymentUnavailableError", "OutOfMemoryError"})
 
@@ -109,11 +112,12 @@ def api(
     characters: CharacterDesk | None = None,
     training: TrainingDesk | None = None,
     room: Room | None = None,
+    max_set_bytes: int = 512 * 2**20,
 ) -> FastAPI:
-    """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; more is refused while it is read. owner_of: whose
-    things a request is about; raises where nobody's. jobs, characters, training: without them their routes are not there. room: how many
-    may wait for their picture here, which is counted again behind `calls`; whom that would refuse is refused here, for a tenth of the work.
-    """
+    """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; max_set_bytes: of a form with the pictures of a
+    training or an evaluation; more is refused while it is read. owner_of: whose things a request is about; raises where nobody's. jobs,
+    characters, training: without them their routes are not there. room: how many may wait for their picture here, which is counted again
+    behind `calls`; whom that would refuse is refused here, for a tenth of the work."""
     # No redirects: where to is taken from the header Host, which is whatever a caller says.
     app = Application(
         title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None, redirect_slashes=False
@@ -123,6 +127,9 @@ def api(
 
     async def body(request: Request) -> dict[str, Any]:
         return await _body(request, max_body_bytes)
+
+    async def with_set(request: Request) -> dict[str, Any]:
+        return await _body(request, max_body_bytes, max_set_bytes)
 
     async def analyze(request: Request) -> Response:
         return _json(await calls.analyze(await body(request)))
@@ -168,7 +175,7 @@ def api(
     if characters is not None:
         add_character_routes(app, characters, max_body_bytes, owner_of)
     if training is not None:
-        add_training_routes(app, training, body, owner_of)
+        add_training_routes(app, training, with_set, owner_of)
     return app
 
 
@@ -180,13 +187,14 @@ def _route(app: FastAPI, path: str, function: Any, body: type[BaseModel], answer
     )  # fmt: skip
 
 
-async def _body(request: Request, limit: int) -> dict[str, Any]:
-    """JSON, or a form whose files are pictures. Raises InvalidRequest for anything else, and for more than `limit` bytes."""
+async def _body(request: Request, limit: int, set_limit: int | None = None) -> dict[str, Any]:
+    """JSON, or a form whose files are pictures: as base64, or as the bytes that they are where there may be a whole set of them. set_limit:
+    of such a form. Raises InvalidRequest for anything else, TooLarge for more bytes."""
     refuse_query(request)
-    sized = counted(request, limit, _too_large(limit))
     if media_of(request) == MULTIPART:
-        return await _form(sized, limit)
-    body = _parsed(await sized.body(), "The body")
+        allowed = limit if set_limit is None else set_limit
+        return await _form(counted(request, allowed, _too_large(allowed)), limit, set_limit is not None)
+    body = _parsed(await counted(request, limit, _too_large(limit, set_limit)).body(), "The body")
     if not isinstance(body, dict):
         raise InvalidRequest("The body is not a JSON object.", 'Send fields and their values: {"prompt": "..."}.')
     return body
@@ -218,34 +226,39 @@ def _children(item: object) -> list[Any]:
     return item if isinstance(item, list) else []
 
 
-async def _form(request: Request, limit: int) -> dict[str, Any]:
-    """Fields of a form; those that repeat, and `reference_images`, become lists; people and lists are JSON."""
+async def _form(request: Request, part_limit: int, of_set: bool) -> dict[str, Any]:
+    """Fields of a form; those that repeat, and `reference_images`, become lists; people and lists are JSON. part_limit: of a text."""
     length = request.headers.get("content-length", "")
     if not (length.isascii() and length.isdecimal()):
         raise InvalidRequest("The form does not say how long it is.", "Send the header content-length.")
     body: dict[str, Any] = {}
     try:
-        async with request.form(max_files=64, max_part_size=limit) as form:
+        # While it comes it lies on the disk: in memory is what a form holds, once, and not what many are sending.
+        async with request.form(max_files=_SET_FILES if of_set else _FILES, max_part_size=part_limit) as form:
             for name in form:
-                values = [await _value(name, item) for item in form.getlist(name)]
+                values = [await _value(name, item, of_set) for item in form.getlist(name)]
                 body[name] = values if len(values) > 1 or (name == "reference_images" and not isinstance(values[0], list)) else values[0]
     except HTTPException as error:  # how Starlette refuses one
         raise unreadable(error) from error
     return body
 
 
-async def _value(name: str, item: UploadFile | str) -> Any:
+async def _value(name: str, item: UploadFile | str, of_set: bool) -> Any:
     if isinstance(item, UploadFile):
         if name not in PICTURE_FIELDS:
             raise InvalidRequest(f"`{name[:60]}` came as a file, and is no picture.", "Send it as a plain field.")
-        return base64.b64encode(await item.read()).decode()
+        content = await item.read()
+        return content if of_set else base64.b64encode(content).decode()
     if name in _STRUCTURED and item.lstrip().startswith(("{", "[")):
         return _parsed(item, f"`{name}`")
     return item
 
 
-def _too_large(limit: int) -> TooLarge:
-    return TooLarge(f"The body is larger than {limit} bytes.", "Send smaller pictures: JPEG, or fewer pixels.")
+def _too_large(limit: int, set_limit: int | None = None) -> TooLarge:
+    """set_limit: of a form, where that may be larger."""
+    as_form = f"Send the pictures as files of a form (multipart/form-data), which may have {set_limit} bytes."
+    remedy = "Send smaller pictures: JPEG, or fewer pixels." if set_limit is None else as_form
+    return TooLarge(f"The body is larger than {limit} bytes.", remedy)
 
 
 def _json(answer: BaseModel) -> Response:

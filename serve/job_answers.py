@@ -61,6 +61,7 @@ class JobResult(_Answer):
     model: str
     data: list[JobPicture]
     timings: dict[str, float] = Field(default_factory=dict, description="Seconds by stage.")
+    peak_bytes: int | None = None
     models: list[str] = Field(default_factory=list)
     licences: list[LicenceInfo] = Field(default_factory=list)
     request: dict[str, Any] = Field(default_factory=dict, description="Every value that changes pixels, as it was used.")
@@ -116,6 +117,11 @@ class JobItem(_Answer):
     finished: float | None = None
     expires: float | None = Field(default=None, description="When it and its pictures are forgotten.")
     queue_position: int | None = Field(default=None, description="0 is next; null unless it is queued.")
+    waiting_for: str | None = Field(
+        default=None,
+        description="The pool that it waits in, where this server does no jobs of it: another server's runners do (for trainings in "
+        "`train-<class>` one with this `training.placement`), or it waits until there is one.",
+    )
     progress: JobProgress | None = Field(default=None, description="Null until the first step is done.")
     eta_s: float | None = Field(default=None, description="Seconds until it ends, as far as that is known.")
     timings: dict[str, float] = Field(default_factory=dict, description="Seconds by stage; `queued` and `total` among them.")
@@ -130,7 +136,7 @@ class JobItem(_Answer):
         return self.status in TERMINAL
 
     @classmethod
-    def of(cls, info: JobInfo, eta_s: float | None = None) -> JobItem:
+    def of(cls, info: JobInfo, eta_s: float | None = None, waiting_for: str | None = None) -> JobItem:
         return cls(
             id=info.id,
             kind=info.kind,
@@ -142,6 +148,7 @@ class JobItem(_Answer):
             finished=_seconds(info.finished_at) if info.finished_at is not None else None,
             expires=_seconds(info.expires_at) if info.expires_at is not None else None,
             queue_position=info.queue_position,
+            waiting_for=waiting_for,
             progress=_progress(info),
             eta_s=None if eta_s is None or info.status in TERMINAL else round(eta_s, 1),
             timings={stage: round(value, 4) for stage, value in info.timings.items()},

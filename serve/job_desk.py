@@ -47,9 +47,11 @@ _Result = TypeVar("_Result")
 Check = Callable[[str | None, Mapping[str, Any], str], Awaitable[object]]
 """(workflow, body, owner): refuses what can be known without a model; the method of Workflows."""
 Fetch = Callable[..., Awaitable[Mapping[str, Any]]]
-"""(body, most=how many): the body with its pictures in it, where they were given by address. `most` may be left out."""
+"""(body, **options): the body with its pictures in it, where they were given by address. options: see serve.picture_urls.fetched."""
 Filled = tuple[dict[str, Any], dict[str, bytes]]
 """A job's input without its pictures, and these by their places."""
+Picture = str | bytes
+"""As text, or as a form brought it."""
 
 
 class JobRequest(BaseModel):
@@ -109,9 +111,9 @@ class JobDesk:
         )  # fmt: skip
         return await self.place(new, wanted.input, filled, owner, quota)
 
-    async def fetched(self, body: Mapping[str, Any], **most: int) -> Mapping[str, Any]:
-        """The body with the pictures in it that it gives by address. most: how many. Raises UrlNotAllowed, InvalidImage."""
-        return body if self._fetch is None else await self._fetch(body, **most)
+    async def fetched(self, body: Mapping[str, Any], **options: int | bool) -> Mapping[str, Any]:
+        """The body with the pictures in it that it gives by address. options: see Fetch. Raises UrlNotAllowed, InvalidImage."""
+        return body if self._fetch is None else await self._fetch(body, **options)
 
     async def place(
         self,
@@ -126,13 +128,14 @@ class JobDesk:
         if new.webhook_url is not None:
             self._guard.check(new.webhook_url)
         if new.idempotency_key is not None:
-            # Before anything is looked at: of what it names, some may be gone, and an address may hold another picture by now.
             new = replace(new, asked=await self._call(asked, said, self._limits))
-            if (known := await self._call(self._store.known, owner, new)) is not None:
-                return await self._item(known), False
+        allowed = quota if quota is not None else self._settings.quota
+        # Before anything is looked at: of what it names, some may be gone, and an address may hold another picture by now. Nor is anything
+        # fetched for whoever has as many jobs as they may; the answer counts once more when the job is kept.
+        if (known := await self._call(self._store.known, owner, new, allowed, self._settings.room)) is not None:
+            return await self._item(known), False
         input, pictures = await filled()
         new = replace(new, input=input, pictures=pictures)
-        allowed = quota if quota is not None else self._settings.quota
         info, made = await self._call(self._store.submit, owner, new, allowed, self._settings.room)
         if made:
             self._woken()
@@ -223,6 +226,8 @@ class JobDesk:
             _LOG.warning("the runners could not be woken: %s", error)
 
     async def _item(self, info: JobInfo) -> JobItem:
+        if info.status == "queued" and info.pool not in self._settings.slots:
+            return JobItem.of(info, waiting_for=info.pool)  # how many work there, and whether anybody does, is not known here
         return JobItem.of(info, await self._eta_s(info))
 
     async def _eta_s(self, info: JobInfo) -> float | None:
@@ -258,8 +263,8 @@ def parted(body: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> tuple[di
     exactly if what is left of them is. Raises InvalidImage. `deployments.job_server.joined` puts them back."""
     pictures: dict[str, bytes] = {}
 
-    def taken(text: str, place: str) -> str:
-        pictures[place] = from_text(text, limits)
+    def taken(picture: Picture, place: str) -> str:
+        pictures[place] = picture if isinstance(picture, bytes) else from_text(picture, limits)
         refuse_by_header(pictures[place], limits)  # or what is no picture at all would lie in the store until its job fails
         return f"sha256:{hashlib.sha256(pictures[place]).hexdigest()}"
 
@@ -269,20 +274,22 @@ def parted(body: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> tuple[di
 def asked(body: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """A body as it was sent, the sha256 in place of each picture, however that was spelt. Addresses of pictures stay."""
 
-    def told(text: str, place: str) -> str:
+    def told(picture: Picture, place: str) -> str:
+        if isinstance(picture, bytes):
+            return f"sha256:{hashlib.sha256(picture).hexdigest()}"
         try:
-            return f"sha256:{hashlib.sha256(from_text(text, limits)).hexdigest()}"
+            return f"sha256:{hashlib.sha256(from_text(picture, limits)).hexdigest()}"
         except LikenessError:  # an address, or what the check will refuse
-            return text
+            return picture
 
     return _swapped(body, told)
 
 
-def _swapped(body: Mapping[str, Any], swap: Callable[[str, str], str]) -> dict[str, Any]:
-    """swap: (picture as text, its place) -> what stands there instead."""
+def _swapped(body: Mapping[str, Any], swap: Callable[[Picture, str], str]) -> dict[str, Any]:
+    """swap: (picture, its place) -> what stands there instead."""
 
     def left(value: Any, place: str, picture: bool) -> Any:
-        if isinstance(value, str) and picture:
+        if isinstance(value, str | bytes) and picture:
             return swap(value, place)
         if isinstance(value, list):
             return [left(item, f"{place}/{index}", picture) for index, item in enumerate(value)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from deployments.errors import InvalidRequest, LikenessError, TooLarge
 from deployments.urls import UrlGuard
-from serve.attachments import PICTURE_FIELDS, data_uri
+from serve.attachments import PICTURE_FIELDS, data_uri, media_of
 
 MOST_PICTURES = 20
 """In one request that draws, repeated addresses counted once."""
@@ -22,9 +22,12 @@ _SCHEMES = ("http:", "https:")
 _MOST_LEVELS = 16
 
 
-async def fetched(body: Mapping[str, Any], guard: UrlGuard, max_bytes: int = 64 * 2**20, most: int = MOST_PICTURES) -> dict[str, Any]:
+async def fetched(
+    body: Mapping[str, Any], guard: UrlGuard, max_bytes: int = 64 * 2**20, most: int = MOST_PICTURES, as_bytes: bool = False
+) -> dict[str, Any]:
     """The body with each http(s) address in a picture field, at any depth, replaced by the picture as a data URI; a body without one comes
-    back as it is. max_bytes: of all of them together. most: how many.
+    back as it is. max_bytes: of all of them together. most: how many. as_bytes: the pictures stay what they are, for a body that is not
+    sent on: of a large set, text would take twice as much memory again.
 
     Raises UrlNotAllowed (also where the policy is `off`) and InvalidImage with the field, InvalidRequest for more than `most`, TooLarge.
     All addresses are checked before the first is reached, and the first error ends the others.
@@ -39,16 +42,18 @@ async def fetched(body: Mapping[str, Any], guard: UrlGuard, max_bytes: int = 64 
             guard.check(url)
     if len(places) > most:
         raise InvalidRequest(f"The request names {len(places)} pictures by address; {most} are fetched.", "Send the others themselves.")
-    pictures = await _all(places, guard, max_bytes)
+    pictures: Mapping[str, bytes | str] = await _all(places, guard, max_bytes)
+    if not as_bytes:
+        pictures = {url: data_uri(content) for url, content in pictures.items()}
     replaced: dict[str, Any] = _replaced(body, pictures, 0)
     return replaced
 
 
-async def _all(places: Mapping[str, str], guard: UrlGuard, max_bytes: int) -> dict[str, str]:
-    """url -> data URI."""
+async def _all(places: Mapping[str, str], guard: UrlGuard, max_bytes: int) -> dict[str, bytes]:
+    """url -> picture."""
     turn, came = asyncio.Semaphore(_AT_A_TIME), 0
 
-    async def one(url: str, where: str) -> str:
+    async def one(url: str, where: str) -> bytes:
         nonlocal came
         async with turn:
             with _named(where):
@@ -56,7 +61,8 @@ async def _all(places: Mapping[str, str], guard: UrlGuard, max_bytes: int) -> di
                 came += len(content)
                 if came > max_bytes:
                     raise TooLarge(f"The pictures by address have more than {max_bytes} bytes together.")
-                return data_uri(content)
+                media_of(content)  # raises for what is no picture
+                return content
 
     tasks = [asyncio.create_task(one(url, where)) for url, where in places.items()]
     try:
@@ -99,7 +105,7 @@ def _of_field(name: str, value: Any, where: str, level: int) -> Iterator[tuple[s
             yield from _addresses(item, where, level + 1)
 
 
-def _replaced(value: Any, pictures: Mapping[str, str], level: int, picture: bool = False) -> Any:
+def _replaced(value: Any, pictures: Mapping[str, bytes | str], level: int, picture: bool = False) -> Any:
     """The same, with addresses in picture fields replaced. picture: the value stands in such a field."""
     if level > _MOST_LEVELS:
         return value

@@ -118,7 +118,8 @@ class TrainingSection(_Strict):
     placement: a class of configs/training/placement.yaml, where trainings run. slots: how many of them at once; evaluations: likewise, each
     of which draws one picture after another. preset: of configs/training, where a request names none; by default one for `base`. datasets:
     an absolute folder of curated datasets that every caller with the scope `train` may train on, by name. plan: of configs/evaluation,
-    where an evaluation names none. candidates: how many checkpoints are compared. quota: how many trainings of one owner may wait or run.
+    where an evaluation names none. candidates: how many checkpoints are compared. quota, evaluation_quota: how many trainings, and how
+    many evaluations, of one owner may wait or run.
     shown: how many pictures one may be shown, steps x batch x grad_accum: eight times as many as the largest preset.
     attempts: how often one is begun; each death of a runner that follows one counts. sweep_s: how often what nobody wants is looked for.
     """
@@ -132,6 +133,7 @@ class TrainingSection(_Strict):
     plan: str | None = None
     candidates: int = Field(default=4, ge=1, le=20)
     quota: int = Field(default=10, ge=1)
+    evaluation_quota: int = Field(default=10, ge=1)
     shown: int = Field(default=40_000, ge=1)
     attempts: int = Field(default=20, ge=1)
     sweep_s: float = Field(default=10.0, gt=0)
@@ -214,7 +216,8 @@ class AppSettings(_Strict):
     its ControlNets.
 
     workflows, ingress: these hold connections and no models; thousands may wait. limits: of reference pictures, where they are
-    opened; max_body_bytes: of a request; max_lora_bytes: of a LoRA's file. store: where LoRAs, characters, jobs and keys are kept.
+    opened; max_body_bytes: of a request; max_set_bytes: of a form with the pictures of a training or an evaluation, and of those that they
+    name by address; max_lora_bytes: of a LoRA's file. store: where LoRAs, characters, jobs and keys are kept.
     training: trainings and evaluations. door: who may come in. pictures_by_url: which addresses pictures are fetched from, none by
     default; webhooks: which are posted to. gate: what judges pictures. provenance: what signs them. output_folder: where
     `response_format: file` writes; None refuses it.
@@ -236,6 +239,7 @@ class AppSettings(_Strict):
     ingress: Pool = Pool(max_ongoing_requests=1024, max_queued_requests=2048)
     limits: PictureLimits = PictureLimits()
     max_body_bytes: int = Field(default=64 * 2**20, ge=2**10)
+    max_set_bytes: int = Field(default=512 * 2**20, ge=2**10)
     store: StoreSettings = StoreSettings()
     door: DoorSettings = DoorSettings()
     pictures_by_url: UrlPolicy = UrlPolicy()

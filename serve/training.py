@@ -29,6 +29,7 @@ _DONE: dict[int | str, dict[str, Any]] = {
     200: {"model": JobItem, "description": "The same request was sent before, or the job has ended while it was awaited."},
     404: {**_PROBLEM, "description": "You have no such character or LoRA, or there is no such base model."},
     409: {**_PROBLEM, "description": "The key was used with another request."},
+    413: {**_PROBLEM, "description": "A form is larger than `max_set_bytes`, or JSON than `max_body_bytes`."},
     422: {**_PROBLEM, "description": "The request cannot be done; `code` says why."},
     429: {**_PROBLEM, "description": "As many of yours wait as may wait."},
 }
@@ -43,7 +44,7 @@ class TrainingsQuery(Strict):
 
 
 def add_training_routes(app: FastAPI, desk: TrainingDesk, body_of: BodyReader, owner_of: Callable[[Request], str]) -> None:
-    """body_of: the JSON object or form that a request brings; raises InvalidRequest. owner_of: whose request it is."""
+    """body_of: the JSON object or form that a request brings, files as bytes; raises InvalidRequest, TooLarge. owner_of: whose it is."""
 
     async def train(request: Request) -> Response:
         """Train a LoRA of a person: on pictures, by address or as files, on a curated dataset, or on a character's own. The job's `result`

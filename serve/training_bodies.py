@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from deployments.store.job_values import KEY_CHARACTERS, URL_CHARACTERS
 from serve.schemas import MAX_SEED, Strict
@@ -13,16 +13,27 @@ from training.evaluation.plan import Configuration, Prompt
 from training.orders import DatasetName
 
 MOST_PICTURES = 64
-"""Of one training; a form has no more files."""
+"""Of one training, and of each set of an evaluation."""
+PICTURES = frozenset({"images", "image_urls", "reference_image", "held_out"})
+"""Fields that hold pictures."""
 _NAME_CHARACTERS = 200
 
 
 def _several(value: object) -> object:
     """One alone is a list of one: a form cannot tell."""
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | bytes) else value
 
 
-Several = Annotated[list[str], BeforeValidator(_several), Field(min_length=1, max_length=MOST_PICTURES)]
+def _picture(value: object) -> str | bytes:
+    """Files of a form come as bytes, which pydantic would take for text."""
+    if isinstance(value, str | bytes):
+        return value
+    raise ValueError("a picture is base64, a data URI, or a file of a form")
+
+
+Picture = Annotated[str | bytes, PlainValidator(_picture, json_schema_input_type=str)]
+Pictures = Annotated[list[Picture], BeforeValidator(_several), Field(min_length=1, max_length=MOST_PICTURES)]
+Addresses = Annotated[list[str], BeforeValidator(_several), Field(min_length=1, max_length=MOST_PICTURES)]
 Key = Annotated[str, Field(min_length=1, max_length=KEY_CHARACTERS, pattern=r"^[\x20-\x7e]+$")]
 Webhook = Annotated[str, Field(max_length=URL_CHARACTERS)]
 PlanName = Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]
@@ -34,15 +45,17 @@ class TrainingRequest(Strict):
 
     trigger_word: Word = Field(description="What will call the person up in prompts: a short word that means nothing else (`ohwx`).")
     job_id: Key | None = Field(default=None, description="Your own id for it: the same request with it, sent again, is the same job.")
-    image_urls: Several | None = Field(default=None, description="Addresses of pictures, where the server fetches such.")
-    images: Several | None = Field(default=None, description="The pictures: base64 or data URIs; in a form, files. Ten or more.")
+    image_urls: Addresses | None = Field(default=None, description="Addresses of pictures, where the server fetches such.")
+    images: Pictures | None = Field(default=None, description="The pictures: in a form, files; else base64 or data URIs. Ten or more.")
     dataset: DatasetName | None = Field(default=None, description="A curated dataset that the operator keeps, by name.")
     character_id: str | None = Field(
         default=None,
         max_length=_NAME_CHARACTERS,
         description="Who receives the LoRA: a character of yours by id or name; of a name that you have not, one is made.",
     )
-    reference_image: str | None = Field(default=None, description="A picture of the person alone; else who is in most pictures is meant.")
+    reference_image: Picture | None = Field(
+        default=None, description="A picture of the person alone; else who is in most pictures is meant."
+    )
     class_word: Word = Field(default="person", description="What the person is: `woman`, `man`.")
     preset: str | None = Field(default=None, max_length=64, description="Of configs/training; by default the server's own.")
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of the preset in other words: `steps`, `rank`, ...")
@@ -74,8 +87,8 @@ class EvaluationRequest(Strict):
     prompts: list[str | Prompt] | None = Field(default=None, min_length=1, max_length=100, description="Of the plan, by name, or your own.")
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] | None = Field(default=None, min_length=1, max_length=100)
     character_id: str | None = Field(default=None, max_length=64, description="A character of yours: its pictures, and its newest LoRA.")
-    images: Several | None = Field(default=None, description="Pictures of the person, in place of a character.")
-    held_out: Several | None = Field(default=None, description="Pictures that neither LoRA nor request has seen: the honest target.")
+    images: Pictures | None = Field(default=None, description="Pictures of the person, in place of a character; in a form, files.")
+    held_out: Pictures | None = Field(default=None, description="Pictures that neither LoRA nor request has seen: the honest target.")
     lora: str | None = Field(default=None, max_length=64, description="The LoRA of the person, by id.")
     trigger_word: Word | None = Field(default=None, description="What calls the LoRA up; by default what is kept with it.")
     noun: Word = Field(default="person", description="What the person is in prompts without a LoRA.")

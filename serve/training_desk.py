@@ -23,7 +23,7 @@ from serve.job_answers import JobItem
 from serve.job_desk import Filled, JobDesk, parted
 from serve.problem import invalid
 from serve.settings import AppSettings
-from serve.training_bodies import MOST_PICTURES, EvaluationRequest, TrainingRequest
+from serve.training_bodies import MOST_PICTURES, PICTURES, EvaluationRequest, TrainingRequest
 from training.dataset.settings import CurationSettings
 from training.evaluation.cases import Subject, cases
 from training.evaluation.plan import Configuration, Plan, Prompt, load_plan
@@ -73,8 +73,8 @@ class TrainingDesk:
             idempotency_key=_one_key(key, wanted.job_id),
             max_attempts=self._training.attempts,
         )
-        allowed = min(self._training.quota, quota) if quota is not None else self._training.quota
-        return await self.jobs.place(new, body, partial(self._training_of, wanted, owner), owner, allowed)
+        allowed = _lesser(self._training.quota, quota)
+        return await self.jobs.place(new, _said(wanted), partial(self._training_of, wanted, owner), owner, allowed)
 
     async def evaluate(self, body: Mapping[str, Any], owner: str, key: str | None, quota: int | None) -> tuple[JobItem, bool]:
         """As train."""
@@ -83,7 +83,8 @@ class TrainingDesk:
             kind=EVALUATION, pool=EVALUATE, webhook_url=wanted.webhook_url, idempotency_key=_one_key(key, wanted.job_id),
             max_attempts=self._training.attempts,
         )  # fmt: skip
-        return await self.jobs.place(new, body, partial(self._evaluation_of, wanted, owner), owner, quota)
+        allowed = _lesser(self._training.evaluation_quota, quota)
+        return await self.jobs.place(new, _said(wanted), partial(self._evaluation_of, wanted, owner), owner, allowed)
 
     async def get(self, id: str, owner: str, kind: str) -> JobItem:
         """Raises JobNotFound, also for a job of another kind."""
@@ -145,7 +146,8 @@ class TrainingDesk:
     async def _parted(self, sent: Mapping[str, Any]) -> Filled:
         """Pictures that were sent and those that were fetched, all with a header that can be read."""
         try:
-            return await asyncio.to_thread(parted, await self.jobs.fetched(sent, most=MOST_PICTURES), self._limits)
+            whole = await self.jobs.fetched(sent, most=MOST_PICTURES, max_bytes=self._settings.max_set_bytes, as_bytes=True)
+            return await asyncio.to_thread(parted, whole, self._limits)
         except InvalidImage as error:
             raise InvalidImage(error.message, error.remedy, {"param": "images", **error.details}) from error
 
@@ -276,6 +278,17 @@ def _one_key(header: str | None, said: str | None) -> str | None:
     if header is not None and said is not None and header != said:
         raise InvalidRequest("`job_id` and the header Idempotency-Key are different.", "Send one of them.", {"param": "job_id"})
     return said if said is not None else header
+
+
+def _said(wanted: BaseModel) -> dict[str, Any]:
+    """The request as it was meant, by which two of them are the same: a form spells numbers and lists in other ways than JSON."""
+    pictures = {name: getattr(wanted, name) for name in sorted(PICTURES & wanted.model_fields_set)}
+    return wanted.model_dump(exclude=set(pictures), exclude_unset=True) | pictures
+
+
+def _lesser(ours: int, keys: int | None) -> int:
+    """Of the two quotas: what the settings say, and what the key does."""
+    return ours if keys is None else min(ours, keys)
 
 
 def _parsed(kind: type[_Body], body: Mapping[str, Any]) -> _Body:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ class TrainingsHere:
 
     async def alive(self) -> frozenset[str]:
         return frozenset(id for id, thread in self._threads.items() if thread.is_alive())
+
+    async def forget(self, ids: Collection[str]) -> None:
+        for id in ids:
+            self._threads.pop(id, None)
 
     def _work(self, id: str, folder: Path, loop: Any, report: Callable[[TrainingProgress], None]) -> None:
         if self.begun[id] <= self._break_first:

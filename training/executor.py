@@ -12,7 +12,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from deployments.store.job_values import JobInfo, Lease
 from deployments.store.jobs import JobStore
 from deployments.store.provisional import Provisional
 from training.orders import TrainingOrder, dataset_folder, given
+from training.pathless import pathless, pathless_error
 from training.registry import Choice, Registered, Registry
 from training.tasks import DATASET as CURATED
 from training.tasks import TrainingProgress, TrainingResult, TrainingTask, prepared
@@ -44,6 +45,7 @@ class Trainings(Protocol):
     async def follow(self, id: str, folder: Path, report: Callable[[TrainingProgress], None]) -> TrainingResult: ...
     async def stop(self, id: str, folder: Path) -> None: ...
     async def alive(self) -> frozenset[str]: ...
+    async def forget(self, ids: Collection[str]) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +72,16 @@ class TrainingExecutor:
         except asyncio.CancelledError:
             await self._left(job, folder)
             raise
-        except Exception:
+        except Exception as error:
             await self._forgotten(job)
-            raise
+            told = self._for_callers(job, error)
+            if told is None:
+                raise
+            raise told from error
 
     async def sweep(self) -> None:
-        """Stops trainings whose jobs have ended or are gone, and removes what is left of such: their folders, and what they had in the
-        making. For any number of processes at once. Raises what Ray and the store raise."""
+        """Stops trainings whose jobs have ended or are gone, and removes what is left of such: their folders, Ray's records, and what they
+        had in the making. For any number of processes at once. Raises what Ray and the store raise."""
         folders = await asyncio.to_thread(self._folders)
         making = await asyncio.to_thread(self.provisional.jobs)
         if not (folders or making):
@@ -91,8 +96,12 @@ class TrainingExecutor:
         ends = await asyncio.gather(*(self.trainings.stop(id, self.root / id) for id in unwanted), return_exceptions=True)
         failed = {id: end for id, end in zip(unwanted, ends, strict=True) if isinstance(end, BaseException)}
         now = time.time()
-        for id, changed in folders.items():
-            if id not in live and id not in failed and now - changed > _ABANDONED_AFTER_S:
+        left = [id for id, changed in folders.items() if id not in live and id not in failed and now - changed > _ABANDONED_AFTER_S]
+        try:
+            if left:
+                await self.trainings.forget(left)
+        finally:
+            for id in left:
                 await asyncio.to_thread(shutil.rmtree, self.root / id, ignore_errors=True)
         for failure in failed.values():
             raise failure  # one that does not end keeps nobody else's pictures here
@@ -136,7 +145,8 @@ class TrainingExecutor:
         kept = await self.registry.registered(job.id, job.owner, order, folder, dataset, result, choice, pictures)
         files = [(choice.grid, "image/png")] if choice.grid is not None else []
         timings = {"training": result.seconds} | ({"selecting": selected} if order.select else {})
-        return Finished(_answer(order, result, choice, kept), files, timings, kept.within)
+        warnings = [pathless(warning, self._roots) for warning in (*result.warnings, *choice.warnings, *kept.warnings)]
+        return Finished(_answer(order, result, choice, kept) | {"warnings": warnings}, files, timings, kept.within)
 
     async def _left(self, job: JobInfo, folder: Path) -> None:
         """This executor stops. The training does where nobody wants it any more; else the next one follows it."""
@@ -147,6 +157,18 @@ class TrainingExecutor:
                 await self._forgotten(job)
         except (LikenessError, JobNotFound) as error:
             _LOG.warning("%s: the sweep will see to what is left of it: %s", job.id, error)
+
+    def _for_callers(self, job: JobInfo, error: Exception) -> LikenessError | None:
+        """The one border between what errors say on the server and what callers are told; None where that may be the same."""
+        inner = getattr(error, "cause", None) or error  # as Ray wraps it
+        if not isinstance(inner, LikenessError) or (told := pathless_error(inner, self._roots)) is inner:
+            return None
+        _LOG.warning("%s: %s", job.id, inner)
+        return told
+
+    @property
+    def _roots(self) -> tuple[Path, ...]:
+        return (self.root,) if self.datasets is None else (self.root, self.datasets)
 
     async def _forgotten(self, job: JobInfo) -> None:
         try:
@@ -179,7 +201,7 @@ def _of_character(characters: CharacterStore, id: str, owner: str) -> dict[str, 
 
 
 def _answer(order: TrainingOrder, result: TrainingResult, choice: Choice, kept: Registered) -> dict[str, Any]:
-    """See serve.training_answers.TrainedLora."""
+    """See serve.training_answers.TrainedLora; without its warnings."""
     pictures = result.pictures
     return {
         "lora_id": kept.lora.id,
@@ -194,6 +216,5 @@ def _answer(order: TrainingOrder, result: TrainingResult, choice: Choice, kept: 
         "pictures": {"accepted": pictures.accepted, "reasons": dict(pictures.reasons)}
         | {"rejected": [rejected.model_dump(mode="json") for rejected in pictures.rejected]},
         "dataset_sha256": result.dataset_sha256,
-        "warnings": [*result.warnings, *choice.warnings, *kept.warnings],
         "data": [{"name": "candidates.png", "media_type": "image/png"}] if choice.grid is not None else [],
     }

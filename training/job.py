@@ -11,8 +11,10 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,16 @@ from training.tasks import (
     FAULT,
     NAMED,
     PLACEMENT,
+    PROGRESS,
     REFERENCE,
     RESULT,
+    STOPPED,
     STOPPING,
     ProgressFile,
     RejectedPicture,
     TrainingFault,
     TrainingPictures,
+    TrainingProgress,
     TrainingResult,
     TrainingTask,
     pictures_of,
@@ -40,7 +45,8 @@ from training.tasks import (
     wanted,
 )
 
-_DONE, _FAILED, _STOPPED = 0, 1, 3
+_DONE, _FAILED = 0, 1
+_ASK_EVERY_S = 0.5
 _RAY = {
     # The controller looks after its processes twice a second in place of every other second: a death is found sooner, and a report, of
     # which it takes one a turn, holds a step up less.
@@ -60,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path = given.folder.resolve()
     if not folder.is_dir():
         print(f"{folder} is gone: the training is not wanted any more.", file=sys.stderr)
-        return _STOPPED
+        return STOPPED
     try:
-        return _DONE if run(folder, given.ray) else _STOPPED
+        return _DONE if run(folder, given.ray) else STOPPED
     except LikenessError as error:
         if folder.is_dir():
             put(folder / FAULT, TrainingFault.of(error))
@@ -156,13 +162,45 @@ def _fitted(folder: Path, dataset: Path, placement: Placement, address: str | No
     ray.init(log_to_driver=False, configure_logging=False)
     _heed_termination(folder)  # Ray takes the signal for itself when it is joined.
     try:
-        said: dict[str, Any] | None = _trainer(folder, dataset, placement).fit().return_value
+        with _heeded_while_it_waits(folder):
+            said: dict[str, Any] | None = _trainer(folder, dataset, placement).fit().return_value
+    except KeyboardInterrupt:
+        return None
     except ray.train.TrainingFailedError:
         if not (folder / FAULT).is_file():
             raise
     if (fault := read(folder / FAULT, TrainingFault)) is not None:
         raise fault.error
     return said
+
+
+@contextmanager
+def _heeded_while_it_waits(folder: Path) -> Iterator[None]:
+    """Ray Train waits for room as long as need be, and listens to nobody. Whoever wants no more meanwhile is heard here, by a
+    KeyboardInterrupt; the processes that train, once there are any, look for themselves."""
+    over, here = threading.Event(), threading.get_ident()
+    # No other exception of a handler gets out of a `ray.get` that waits; SIGINT itself Ray Train would answer by waiting on.
+    signal.signal(signal.SIGUSR1, signal.default_int_handler)
+
+    def look() -> None:
+        while not over.wait(_ASK_EVERY_S):
+            if not wanted(folder) and _waits(folder):
+                signal.pthread_kill(here, signal.SIGUSR1)
+                return
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        looking.join()
+
+
+def _waits(folder: Path) -> bool:
+    """Whether none of the processes that train has told anything yet: no step is lost."""
+    told = read(folder / PROGRESS, TrainingProgress)
+    return told is not None and told.stage == "waiting"
 
 
 def _trainer(folder: Path, dataset: Path, placement: Placement) -> Any:

@@ -26,6 +26,9 @@ H200, FLUX.1-dev, two pictures of 1024 x 1024: 77.5 GB, of which 53.4 GB are 57 
 LoRAs on the MLPs too, counted on blocks of the true width, 0.72 GB for a picture (50 bytes)."""
 _MISCELLANEOUS = 1.5e9
 """CUDA's context, kernels' workspaces, what the allocator cannot use. (On a CPU and for small models it is less.)"""
+_LEFT_TO_OTHERS = 0.15
+"""Of a machine's memory, what a training on its CPU leaves to whoever else is there. Ray kills processes from 95 % on, and might choose one
+that serves; ten more are for what serving takes while it draws, and for files that it has mapped (weights), which count as available."""
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -70,7 +73,7 @@ def estimate(
 
 
 def plan(settings: TrainingSettings, outline: Any, targets: str, pixels_of_a_token: int, text_tokens: int, free: int | None) -> MemoryPlan:
-    """The quickest way that fits. free: bytes; None where nobody knows, and then nothing is refused.
+    """The quickest way that fits. free: bytes that it may take; None where nobody knows, and then nothing is refused.
 
     Raises NotEnoughMemory, which says what would fit.
     """
@@ -84,7 +87,7 @@ def plan(settings: TrainingSettings, outline: Any, targets: str, pixels_of_a_tok
     if fitting:
         return fitting[0]
     smaller = next((said for said, changed in _smaller(settings) if of(changed, True).bytes <= (free or 0)), None)
-    message = f"Not enough memory: training with {settings.base} needs {plans[-1]}, and {(free or 0) / _GB:.1f} GB are free."
+    message = f"Not enough memory: training with {settings.base} needs {plans[-1]}, and {(free or 0) / _GB:.1f} GB may be taken."
     remedy = f"This would fit: {smaller}." if smaller else "Nothing that can be set would fit: train on a device with more memory."
     raise NotEnoughMemory(message, remedy, {"needed_bytes": plans[-1].bytes, "free_bytes": free, "fits": smaller})
 
@@ -112,14 +115,17 @@ def _said(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {list(value) if isinstance(value, tuple) else value}" for name, value in changes.items())
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Of the GPU, or of the machine; None where it is not told."""
+def free_bytes(device: torch.device, meminfo: Path = _MEMINFO) -> int | None:
+    """What may be taken: of a GPU all that is free, of the machine what is available beyond the share that is left to others. None where it
+    is not told."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if not _MEMINFO.is_file():
+    if not meminfo.is_file():
         return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    told = {name: int(kib) * 1024 for name, kib in re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)}
+    if len(told) < 2:
+        return None
+    return max(told["MemAvailable"] - round(_LEFT_TO_OTHERS * told["MemTotal"]), 0)
 
 
 def _blocks(transformer: Any) -> int:

@@ -4,6 +4,7 @@ Keeps nothing: what is under way Ray knows by the submission's id, what came of 
 at any line, and another follows on. Never touches the database.
 
 A submission is called `<job>-<n>`; n is one more than those of the job that have ended, so that two that submit at once mean the same one.
+Hence Ray's records of them stay until the job itself has ended (`forget`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,29 @@ import asyncio
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from deployments.errors import Cancelled, ReplicaLost
+from training.deaths import refuse_the_third
 from training.placement import Placement, load_placements, placement_of
-from training.tasks import CANCEL, FAULT, PLACEMENT, PROGRESS, RESULT, TrainingFault, TrainingProgress, TrainingResult, put, read, task_of
+from training.tasks import (
+    CANCEL,
+    FAULT,
+    PLACEMENT,
+    PROGRESS,
+    RESULT,
+    STOPPED,
+    TrainingFault,
+    TrainingProgress,
+    TrainingResult,
+    put,
+    read,
+    task_of,
+)
 
 _OURS = "likeness-training"
 """Key of a submission's metadata; the value is the job."""
@@ -28,20 +44,28 @@ _STOP_WAIT_S = 15
 """From the signal to the kill, of a submission that anybody stops: long enough for a checkpoint. Ray's own are three."""
 _ANSWER_S = 30.0
 _TOLD_CHARACTERS = 300
+_UNKNOWN = "status code 404"
 _Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED. message: what Ray says of it, with the end of its log where it failed."""
+    """status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED. message: what Ray says of it, with the end of its log where it failed.
+    exit_code: of the driver, where it ended by itself."""
 
     name: str
     status: str
     message: str
+    exit_code: int | None = None
 
     @property
     def ended(self) -> bool:
         return self.status in _ENDED
+
+    @property
+    def died(self) -> bool:
+        """By its own doing: what never began, lost its node or was told to go may fare better elsewhere."""
+        return self.ended and self.exit_code not in (None, STOPPED)
 
 
 def next_name(job: str, ended: Submission | None) -> str:
@@ -74,17 +98,20 @@ class RayTrainings:
         broken off goes on. Cancelled, it leaves the training alone.
 
         Raises what the training failed of; Cancelled where it was stopped for good; ReplicaLost where its processes died: the next call
-        goes on from the last checkpoint.
+        goes on from the last checkpoint; LikenessError where they died of themselves three times without a new one.
         """
         found = await asyncio.to_thread(_outcome, folder, lasting=True)
         if found is not None:
             return found
         newest = await self._newest(id)
         if newest is None or newest.ended:
+            if newest is not None:  # perhaps nobody was there when it died
+                await asyncio.to_thread(_counted, folder, newest)
             newest = await _settled(self._submitted(next_name(id, newest), id, folder))
         ended = await self._watched(newest, folder, report)
         found = await asyncio.to_thread(_outcome, folder)
         if found is None:
+            await asyncio.to_thread(_counted, folder, ended)
             raise ReplicaLost(f"The training's driver ended without a result ({ended.status.lower()}): {_last_words(ended.message)}")
         return found
 
@@ -113,6 +140,12 @@ class RayTrainings:
         jobs = await self._asked(lambda client: client.list_jobs())
         return frozenset(str(job.metadata[_OURS]) for job in jobs if _OURS in (job.metadata or {}) and job.status.value not in _ENDED)
 
+    async def forget(self, ids: Collection[str]) -> None:
+        """Deletes Ray's records of the submissions of these jobs, which have ended or are gone; of one that runs still they stay."""
+        for job in await self._asked(lambda client: client.list_jobs()):
+            if (job.metadata or {}).get(_OURS) in ids and job.status.value in _ENDED and job.submission_id is not None:
+                await self._asked(partial(_delete, name=job.submission_id))
+
     async def _newest(self, id: str) -> Submission | None:
         number, newest = 1, None
         while (found := await self._told(f"{id}-{number}")) is not None:
@@ -126,10 +159,10 @@ class RayTrainings:
             try:
                 job = client.get_job_info(name)
             except RuntimeError as error:
-                if "status code 404" in str(error):
+                if _UNKNOWN in str(error):
                     return None
                 raise
-            return Submission(name, job.status.value, job.message or "")
+            return Submission(name, job.status.value, job.message or "", job.driver_exit_code)
 
         return await self._asked(ask)
 
@@ -232,6 +265,20 @@ def _outcome(folder: Path, *, lasting: bool = False) -> TrainingResult | None:
     if fault is not None and not (lasting and fault.error.retryable):
         raise fault.error
     return None
+
+
+def _counted(folder: Path, ended: Submission) -> None:
+    """A death that the folder does not explain. Raises LikenessError where it has died like that too often."""
+    if ended.died and not (folder / FAULT).exists():
+        refuse_the_third(folder, ended.name, _last_words(ended.message))
+
+
+def _delete(client: Any, name: str) -> None:
+    try:
+        client.delete_job(name)
+    except RuntimeError as error:
+        if _UNKNOWN not in str(error):  # somebody else was quicker
+            raise
 
 
 def _last_words(said: str) -> str:

@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from deployments.errors import LikenessError, NoFaceDetected
+from deployments.errors import CharacterNotFound, LikenessError, NoFaceDetected
 from deployments.face_server import FaceSettings
 from deployments.job_runner import told
 from deployments.picture_metadata import without_metadata
@@ -109,8 +109,18 @@ class Registry:
         warnings: tuple[str, ...] = ()
         if character is None and order.character_name is not None:
             character, warnings = await self._character_or_why(job, owner, order.character_name, dataset, pictures)
+        elif character is not None and not await self._has(owner, character):
+            warnings = (f"The character {character} was deleted while this was trained, so the LoRA stands alone.",)
+            character = None
         within = self._store.handing_over(job, owner, lora.id, character)
         return Registered(lora, character, within, warnings)
+
+    async def _has(self, owner: str, character: str) -> bool:
+        try:
+            await asyncio.to_thread(self._store.characters.get, character, owner)
+        except CharacterNotFound:
+            return False
+        return True
 
     async def forgotten(self, job: str) -> None:
         """Whatever the job has in the making is removed."""

@@ -8,6 +8,7 @@
     FOLDER/placement.json           where it runs, as the one who submitted it was told (placement.py)
     FOLDER/progress.json            a TrainingProgress, twice a second at most
     FOLDER/result.json, error.json  the end: a TrainingResult, or a TrainingFault
+    FOLDER/deaths.json              how often it died in a row, as those who follow it count (deaths.py)
     FOLDER/cancel                   whoever makes it wants no more: a checkpoint is written, and it ends for good
     FOLDER/stopping                 the process that trains was told to go: a checkpoint is written, and the next one goes on from it
 
@@ -36,6 +37,8 @@ from training.settings import TrainingSettings
 
 TASK, PROGRESS, RESULT, FAULT, CANCEL = "task.json", "progress.json", "result.json", "error.json", "cancel"
 PLACEMENT, STOPPING = "placement.json", "stopping"
+STOPPED = 3
+"""With what the process that curates ends where it was stopped in order."""
 REFERENCE, PICTURES, NAMES, DATASET, CACHE = "reference.png", "pictures", "pictures.json", "dataset", "cache"
 MINI_FACES = FaceSettings(faces="faces-mini", judge="face-judge-mini", parser="face-parser-mini")
 NAMED = 20

@@ -87,11 +87,11 @@ class JobStore:
             self._files.discard(files)
         return info, made is None
 
-    def known(self, owner: str, new: NewJob) -> JobInfo | None:
-        """The job that the same request with the same idempotency key made before. Raises IdempotencyConflict, InvalidRequest."""
-        digest = job_requests.digest_of(new)
+    def known(self, owner: str, new: NewJob, quota: int | None = None, room: int | None = None) -> JobInfo | None:
+        """The job that the same request with the same idempotency key made before; None where it would make one now. Raises as submit,
+        which asks again: this is for whoever is about to do work for a job that may be refused."""
         with self._database.reading() as session:
-            row = job_requests.known(session, owner, new.idempotency_key, digest)
+            row = self._let_in(session, owner, new, job_requests.digest_of(new), quota, room)
             return self._info(session, row) if row is not None else None
 
     def get(self, id: str, owner: str) -> JobInfo:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from sqlalchemy import select
 
+from deployments.errors import TooLarge
 from deployments.images import encode
 from deployments.store.character_tables import CharacterRow
 from deployments.store.characters import CharacterStore
@@ -19,6 +22,7 @@ from deployments.store.engine import Database
 from deployments.store.jobs import JobStore
 from deployments.store.loras import LoraStore
 from deployments.store.tables import LoraRow
+from serve.client import Client
 from serve.settings import AppSettings
 from serve.training_answers import EvaluationFound, TrainedLora
 from tests.job_serving import running_with, until
@@ -26,6 +30,7 @@ from tests.training_here import SLOTS, TrainingsHere, crew
 from tests.training_jobs import pictures
 from tests.whole_application import DOOR, Whole, whole
 from training.orders import TRAINING
+from training.tasks import TrainingProgress, TrainingResult
 
 SENT = [base64.b64encode(content).decode() for content in pictures().values()]
 SHORT = {"steps": 2, "checkpoint_every": 1, "batch": 1, "resolutions": [64], "warm_up_steps": 0, "rank": 4, "alpha": 4}
@@ -132,6 +137,50 @@ def test_a_character_is_trained_on_its_own_pictures_after_two_deaths(handle: Any
     assert (result.character_id, result.step, result.candidates) == (made["id"], 24, [])
     assert LoraStore(settings.store.database, settings.store.files).get(result.lora_id, "trainer").trigger_word == "ohwx"
     assert CharacterStore(settings.store.database, settings.store.files).lora(made["id"], "trainer") == (result.lora_id, "ohwx")
+
+
+def test_a_character_that_is_deleted_meanwhile_is_not_said_to_have_the_lora(handle: Any, settings: AppSettings, served: Whole) -> None:
+    key = served.key("trainer")
+    made = served.http.post("/v1/characters", json={"name": "Cleo", "pictures": SENT}, headers=key).raise_for_status().json()
+    begun = submitted(served, key, trigger_word="ohwx", character_id=made["id"], settings=SHORT, select=False)
+
+    class Outlived(TrainingsHere):
+        async def follow(self, id: str, folder: Path, report: Callable[[TrainingProgress], None]) -> TrainingResult:
+            result = await super().follow(id, folder, report)
+            await asyncio.to_thread(served.http.delete, f"/v1/characters/{made['id']}", headers=key)
+            return result
+
+    async def main() -> None:
+        _, executors = crew(handle, settings, served.jobs, Outlived())
+        async with running_with(served.jobs, executors, SLOTS):
+            await done(served.jobs, begun["id"])
+
+    asyncio.run(main())
+    item = shown(served, key, begun["id"])
+    assert item["status"] == "succeeded", item
+    result = TrainedLora.model_validate(item["result"])
+    assert result.character_id is None and any(f"{made['id']} was deleted" in warning for warning in result.warnings)
+    assert served.http.get(f"/v1/loras/{result.lora_id}", headers=key).status_code == 200
+
+
+def test_photographs_of_more_than_a_request_become_a_job_and_of_more_than_a_set_do_not(handle: Any, settings: AppSettings) -> None:
+    """As a phone makes them: large, and of noise that nothing makes smaller."""
+    photograph = encode(np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8))
+    most = 96 * 2**20
+    fitting, many = settings.max_body_bytes // len(photograph) + 1, most // len(photograph) + 1
+    with whole(handle, settings.model_copy(update={"door": DOOR, "max_set_bytes": most})) as served:
+        key = served.key("photographer")
+        with Client("http://localhost", transport=httpx.ASGITransport(served.entry), headers=key, timeout=120) as client:
+            job = client.training.submit(trigger_word="ohwx", images=[photograph] * fitting)
+            kept = served.jobs.pictures(served.jobs.get(job.id, "photographer"))
+            assert len(kept) == fitting and set(kept.values()) == {photograph}
+            assert sum(map(len, kept.values())) > settings.max_body_bytes
+            for submit in (client.training.submit, client.evaluations.submit):
+                with pytest.raises(TooLarge, match=str(most)) as caught:
+                    submit(trigger_word="ohwx", images=[photograph] * many)
+                assert caught.value.status == 413 and "Send smaller pictures" in caught.value.remedy
+            job.cancel()
+        assert len(served.jobs.list("photographer")) == 1
 
 
 def test_what_fails_and_what_is_cancelled_leaves_nothing(handle: Any, settings: AppSettings, served: Whole, monkeypatch: Any) -> None:

@@ -25,6 +25,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
         "pictures_by_url": UrlPolicy(fetch="public"),
         "max_body_bytes": LIMIT,
         "max_lora_bytes": LIMIT,
+        "max_set_bytes": LIMIT,
     }
     settings = load_settings("local").model_copy(update=changed)
     with whole(local_handle(settings), settings) as found:

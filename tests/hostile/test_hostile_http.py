@@ -184,6 +184,7 @@ FLOODS: list[tuple[str, str, bytes, bytes]] = [
     ("/flux-pulid", JSON, b"", b" " * MB),
     ("/v1/faces/analyze", JSON, b'{"image": "', b"A" * MB),
     ("/v1/jobs", JSON, b'{"input": {"prompt": "x", "reference_image": "', b"A" * MB),
+    ("/v1/training/jobs", JSON, b'{"trigger_word": "x", "images": ["', b"A" * MB),
     ("/v1/loras", JSON, b'{"name": "x", "file": "', b"A" * MB),
     ("/v1/loras", FORM, _file("file"), b"\0" * MB),
     ("/v1/loras", "application/octet-stream", b"", b"\0" * MB),
@@ -205,13 +206,14 @@ def test_ten_gigabytes_are_refused_while_they_come(house: Whole, key: Headers, p
     assert announced.bytes == 0, "what says that it is too large is not read"
 
 
+@pytest.mark.parametrize("path", ["/flux-pulid", "/v1/training/jobs", "/v1/evaluations"])
 @pytest.mark.parametrize("opening", [_file("reference_image"), b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n'])
-def test_a_form_that_lies_about_its_length_is_refused_while_it_comes(house: Whole, key: Headers, opening: bytes) -> None:
+def test_a_form_that_lies_about_its_length_is_refused_while_it_comes(house: Whole, key: Headers, path: str, opening: bytes) -> None:
     flood = Flood(opening)
-    _refused(_flooded(house, key, "/flux-pulid", FORM, flood, {"content-length": "1000"}), (413, "too_large"))
+    _refused(_flooded(house, key, path, FORM, flood, {"content-length": "1000"}), (413, "too_large"))
     assert flood.bytes <= 1.5 * LIMIT and flood.grown < 4 * LIMIT
     unsaid = Flood(opening)
-    _refused(_flooded(house, key, "/flux-pulid", FORM, unsaid), (422, "invalid_request"))
+    _refused(_flooded(house, key, path, FORM, unsaid), (422, "invalid_request"))
     assert unsaid.bytes == 0, "a form of no length is not read"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -221,6 +222,30 @@ def test_a_training_is_stopped_in_order_and_for_good(trainings: RayTrainings, fo
     assert list((job.folder / "checkpoints").glob("step-*/state.pt")), "it was asked before it was killed"
     assert not (job.folder / "lora.safetensors").exists() or job.told[-1].stage != "done"
     assert submissions(trainings, "job_stopped") == ["job_stopped-1"]
+
+
+@pytest.mark.slow
+def test_a_training_that_waits_for_room_ends_as_soon_as_it_is_cancelled_and_ray_forgets_it(trainings: RayTrainings, folder: Folder) -> None:
+    nowhere = PLACEMENTS["local"].model_copy(update={"labels": {"gpu-class": "none has it"}})
+    waiting = RayTrainings(placements={"local": nowhere}, stop_s=60.0)
+    job = Watched(waiting, "job_waiting", folder("job_waiting")).prepare(task())
+
+    async def stopped() -> float:
+        running = job.begin()
+        await until(lambda: any(told.stage == "waiting" and told.accepted for told in job.told), 120, "the end of its curation")
+        await asyncio.sleep(8)  # Ray Train is brought up, and waits
+        began = time.monotonic()
+        await waiting.stop("job_waiting", job.folder)
+        took = time.monotonic() - began
+        with pytest.raises(Cancelled):
+            await running
+        return took
+
+    assert asyncio.run(stopped()) < 20, "it was not the patience of a placement group that ended it"
+    assert not (job.folder / STOPPING).exists(), "nor a signal"
+    assert submissions(trainings, "job_waiting") == ["job_waiting-1"]
+    asyncio.run(trainings.forget(["job_waiting"]))
+    assert submissions(trainings, "job_waiting") == []
 
 
 @pytest.mark.slow

@@ -319,3 +319,15 @@ def test_the_documentation_says_what_goes_up(http: httpx.Client) -> None:
     assert set(content) == {"application/json", "multipart/form-data"}
     assert content["application/json"]["schema"]["properties"]["pictures"]["maxItems"] == 50
     assert "404" in paths["/v1/characters/{id}/pictures/{picture}"]["get"]["responses"]
+
+
+@pytest.mark.parametrize("path", ["", "/{id}", "/{id}/pictures/{picture}", "/{id}/face-model"])
+def test_what_stands_behind_the_address_and_is_not_read_is_refused(mine: Characters, http: httpx.Client, path: str) -> None:
+    made = mine.create("Ada", ADA[:2])
+    address = "/v1/characters" + path.format(id=made.id, picture=made.pictures[0].id)
+    assert http.get(address).status_code == 200
+    for method in ("GET", "DELETE") if path in ("/{id}", "/{id}/pictures/{picture}") else ("GET",):
+        answer = http.request(method, address, params={"limit": "5"})
+        assert (answer.status_code, answer.json()["param"]) == (422, "limit"), answer.text
+    assert mine.get(made.id) == made, "nothing was deleted"
+    assert http.get(f"/v1/characters/{made.id}", params={"centroid": "perhaps"}).json()["param"] == "centroid"

@@ -107,6 +107,9 @@ def test_what_it_failed_of_is_told_in_words(store: JobStore, folder: Path, tmp_p
     assert failed.exit_code == 1 and "None of the pictures shows a face." in failed.stderr
     refused = likeness(folder, "-t", "ohwx", "--set", "rank=7")
     assert refused.exit_code == 1 and "rank" in refused.stderr
+    kept = likeness(folder, "-t", "ohwx", "--out", tmp_path / "out")
+    assert kept.exit_code == 1 and "--out is for a training in this process" in kept.stderr and "jobs fetch" in kept.stderr
+    assert not (tmp_path / "out").exists()
     empty = likeness(tmp_path / "files", "-t", "ohwx")
     assert empty.exit_code == 1 and "holds no picture" in empty.stderr
     for wrong in ("rank", "rank=["):

@@ -262,6 +262,8 @@ def test_what_is_not_in_the_table_does_not_exist(path: str) -> None:
 def test_the_most_exact_entry_counts() -> None:
     for method, path, right, own in (
         ("POST", "/v1/loras", "loras", True), ("GET", "/v1/loras", "loras", False), ("GET", "/v1/loras/a/b", "loras", False),
+        ("POST", "/v1/training/jobs", "train", True), ("GET", "/v1/training/jobs", "train", False),
+        ("POST", "/v1/evaluations", "train", True), ("GET", "/v1/evaluations/a", "train", False),
         ("POST", "/flux-pulid", "generate", False), ("GET", "/docs/oauth2-redirect", "docs", False),
     ):  # fmt: skip
         access = access_to(method, path, WORKFLOWS)

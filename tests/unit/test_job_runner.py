@@ -20,7 +20,7 @@ from deployments.errors import InvalidImage
 from deployments.images import encode
 from deployments.job_runner import Finished, Loop, Report, Runner
 from deployments.job_server import joined
-from deployments.store.job_values import JobInfo, Lease
+from deployments.store.job_values import JobInfo, Lease, NewJob
 from deployments.store.jobs import JobStore
 from deployments.store.settings import EVERYBODY
 from serve.job_answers import JobItem, JobResult, problem_json
@@ -68,6 +68,18 @@ def test_jobs_are_done_as_many_at_once_as_there_are_slots_and_keep_their_picture
         assert kept == [content for content, _ in painted({"n": 2}).pictures]
         told = kinds(store, job)
         assert told[:2] == ["queued", "started"] and told[-1] == "succeeded" and "progress" in told
+
+
+def test_a_runner_tells_of_jobs_that_wait_for_another(store: JobStore, caplog: pytest.LogCaptureFixture) -> None:
+    (job,) = submitted(store, "a portrait")
+    store.submit(EVERYBODY, NewJob(kind="training", pool="train-a6000"))
+
+    async def main() -> None:
+        async with running(store):
+            await until(lambda: ended(store, job.id) and "train-a6000" in caplog.text)
+
+    asyncio.run(main())
+    assert "1 jobs wait in the pool train-a6000" in caplog.text and "pool draw" not in caplog.text
 
 
 def test_progress_is_written_no_faster_than_it_may_and_the_last_preview_is_not_lost(store: JobStore) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +17,14 @@ import pytest
 from fastapi import Request
 from pydantic import ValidationError
 
+from deployments.errors import InvalidImage, InvalidRequest, TooLarge
 from deployments.job_runner import JobSettings
 from deployments.store.characters import CharacterStore
 from deployments.store.jobs import JobStore
 from deployments.store.loras import LoraStore
 from deployments.store.settings import StoreSettings
 from deployments.urls import UrlGuard, UrlPolicy
+from serve.attachments import data_uri
 from serve.callers import Caller
 from serve.client import Client
 from serve.ingress import Calls, api
@@ -28,7 +32,9 @@ from serve.job_desk import JobDesk
 from serve.normalise import parse
 from serve.picture_urls import fetched
 from serve.settings import AppSettings, TrainingSection, load_settings
+from serve.training_bodies import MOST_PICTURES
 from serve.training_desk import TrainingDesk
+from tests.hostile.listener import Listener
 from tests.job_asking import PICTURE
 from tests.job_serving import PUBLIC, opened
 from tests.store_places import add
@@ -36,6 +42,8 @@ from tests.unit.test_character_store import make
 from training.orders import EvaluationOrder, TrainingOrder
 
 TRAININGS, EVALUATIONS = "/v1/training/jobs", "/v1/evaluations"
+SET_BYTES = 4 * 2**20
+ADA = Path(__file__).resolve().parents[2] / "samples" / "characters" / "ada-1.png"
 ASKED: dict[str, Any] = {"trigger_word": "ohwx", "images": [PICTURE]}
 
 
@@ -62,14 +70,22 @@ class House:
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
+    with standing(tmp_path) as found:
+        yield found
+
+
+@contextmanager
+def standing(tmp_path: Path, urls: UrlPolicy | None = None) -> Iterator[House]:
+    """urls: which addresses pictures are fetched from, none by default."""
     jobs = opened(tmp_path)
     url, files = f"sqlite:///{tmp_path / 'likeness.db'}", tmp_path / "files"
     store = StoreSettings(url=url, folder=files)
     base = load_settings("local")
-    training = base.training.model_copy(update={"datasets": tmp_path / "datasets", "quota": 3})
+    training = base.training.model_copy(update={"datasets": tmp_path / "datasets", "quota": 3, "evaluation_quota": 4})
     settings = base.model_copy(update={"store": store, "training": training})
     characters, loras = CharacterStore(url, files), LoraStore(url, files)
-    app = api(cast(Calls, None), 2**20, jobs=(desk := _desk(jobs, settings)), training=_training(settings, desk, characters, loras))
+    desk = _desk(jobs, settings, urls)
+    app = api(cast(Calls, None), 2**20, jobs=desk, training=_training(settings, desk, characters, loras), max_set_bytes=SET_BYTES)
 
     @app.middleware("http")
     async def by_header(request: Request, call_next: Any) -> Any:
@@ -82,9 +98,9 @@ def house(tmp_path: Path) -> Iterator[House]:
         opened_store.close()
 
 
-def _desk(jobs: JobStore, settings: AppSettings) -> JobDesk:
-    refused = UrlGuard(UrlPolicy(), "pictures_by_url")
-    return JobDesk(jobs, settings.jobs, check=_check, wake=lambda: None, guard=PUBLIC, fetch=partial(fetched, guard=refused))
+def _desk(jobs: JobStore, settings: AppSettings, urls: UrlPolicy | None = None) -> JobDesk:
+    fetch = partial(fetched, guard=UrlGuard(urls or UrlPolicy(), "pictures_by_url"))
+    return JobDesk(jobs, settings.jobs, check=_check, wake=lambda: None, guard=PUBLIC, fetch=fetch)
 
 
 def _training(settings: AppSettings, desk: JobDesk, characters: CharacterStore, loras: LoraStore) -> TrainingDesk:
@@ -242,13 +258,27 @@ def test_trainings_have_their_slots_whatever_is_said_of_others() -> None:
     assert said.jobs.slots == {**usual.jobs.slots, "draw": 7} and {"train-local", "evaluate"} <= set(said.jobs.slots)
 
 
+def test_a_job_that_no_runner_here_does_says_what_it_waits_for(house: House, tmp_path: Path) -> None:
+    """The settings were changed since, or another server shares the store: this one cannot tell, and says what it knows."""
+    id = house.post(TRAININGS, **ASKED).json()["id"]
+    moved = house.settings.model_copy(update={"training": house.settings.training.model_copy(update={"placement": "a6000"})})
+
+    async def shown(settings: AppSettings) -> str | None:
+        desk = _desk(house.jobs, settings)
+        return (await desk.get(id, "ada")).waiting_for
+
+    assert asyncio.run(shown(house.settings)) is None and asyncio.run(shown(moved)) == "train-local"
+    house.jobs.cancel(id, "ada")
+    assert asyncio.run(shown(moved)) is None
+
+
 def test_a_class_that_there_is_not_is_the_operators_mistake() -> None:
     with pytest.raises(ValidationError, match="a6000"):
         TrainingSection(placement="a600")
 
 
 def test_a_form_and_the_sdk_say_the_same(house: House) -> None:
-    path = Path(__file__).resolve().parents[2] / "samples" / "characters" / "ada-1.png"
+    path = ADA
     files = [("images", ("1.png", path.read_bytes(), "image/png"))]
     form = house.client._http.post(TRAININGS, files=files, data={"trigger_word": "ohwx", "settings": '{"steps": 7}', "select": "false"})
     assert house.order(form).settings.steps == 7
@@ -259,3 +289,91 @@ def test_a_form_and_the_sdk_say_the_same(house: House) -> None:
     assert house.client.training.get(job.id).item.kind == "training" and job.cancel() and job.refresh().status == "canceled"
     evaluation = house.client.evaluations.submit(images=[path], configurations=["base"], seeds=[1])
     assert house.client.evaluations.get(evaluation.id).item.kind == "evaluation"
+
+
+def test_evaluations_have_a_quota_of_their_own(house: House) -> None:
+    asked: dict[str, Any] = {"images": [PICTURE], "configurations": ["base"]}
+    assert [house.post(EVALUATIONS, **asked, seeds=[seed]).status_code for seed in range(4)] == [202] * 4
+    full = house.post(EVALUATIONS, **asked)
+    assert (full.status_code, full.json()["code"]) == (429, "quota_exceeded") and len(house.jobs.list("ada")) == 4
+    assert house.post(EVALUATIONS, "bea", **asked).status_code == 202 == house.post(TRAININGS, **ASKED).status_code
+
+
+def test_nothing_is_fetched_for_a_job_that_is_there_or_would_be_one_too_many(tmp_path: Path) -> None:
+    async def run() -> tuple[list[httpx.Response], list[int]]:
+        async with Listener().open() as listener:
+            with standing(tmp_path, UrlPolicy(fetch="allow", allow=(f"127.0.0.1:{listener.port}",))) as house:
+                answers, connections = [], []
+                for key in ("1", "1", "2", "3", "4", "1"):
+                    body: dict[str, Any] = {
+                        "trigger_word": "ohwx",
+                        "image_urls": [f"http://127.0.0.1:{listener.port}/{key}.png"],
+                        "job_id": key,
+                    }
+                    answers.append(await asyncio.to_thread(house.post, TRAININGS, **body))
+                    connections.append(listener.connections)
+                return answers, connections
+
+    answers, connections = asyncio.run(run())
+    assert [answer.status_code for answer in answers] == [202, 200, 202, 202, 429, 200]
+    assert answers[4].json()["code"] == "quota_exceeded" and connections == [1, 1, 2, 3, 3, 3]
+    assert answers[0].json()["id"] == answers[1].json()["id"] == answers[5].json()["id"], "also where no other job may be made"
+
+
+def test_a_form_may_be_larger_than_json_and_says_so(house: House) -> None:
+    """A request of JSON has 1 MiB here, a form with a set of pictures 4."""
+    padded = ADA.read_bytes() + bytes(300_000)  # what stands behind a PNG's end is not looked at
+    job = house.client.training.submit(trigger_word="ohwx", images=[padded] * 10, reference_image=ADA)
+    kept = house.jobs.pictures(house.jobs.get(job.id, "ada"))
+    assert kept == {f"images/{place}": padded for place in range(10)} | {"reference_image": ADA.read_bytes()}
+    with pytest.raises(TooLarge, match=str(SET_BYTES)) as caught:
+        house.client.training.submit(trigger_word="ohwx", images=[padded] * 14)
+    assert caught.value.status == 413 and "fewer" in caught.value.remedy
+    refused = house.post(TRAININGS, trigger_word="ohwx", images=[base64.b64encode(padded).decode()] * 3)
+    assert (refused.status_code, refused.json()["code"]) == (413, "too_large")
+    assert f"form (multipart/form-data), which may have {SET_BYTES}" in refused.json()["remedy"]
+    everywhere = house.client._http.post("/v1/jobs", files=[("images", ("a.png", padded))] * 4)
+    assert everywhere.status_code == 413, "no other route has it"
+
+
+def test_as_many_pictures_as_may_be_fit_into_a_form(house: House) -> None:
+    small = (ADA.parent / "ada-2.png").read_bytes()
+    sets: dict[str, Any] = {"images": [small] * MOST_PICTURES, "held_out": [small] * MOST_PICTURES}
+    evaluation = house.client.evaluations.submit(**sets, configurations=["base"], seeds=[1])
+    assert len(house.jobs.pictures(house.jobs.get(evaluation.id, "ada"))) == 2 * MOST_PICTURES
+    training = house.client.training.submit(trigger_word="ohwx", images=sets["images"], reference_image=small)
+    assert len(house.jobs.pictures(house.jobs.get(training.id, "ada"))) == MOST_PICTURES + 1
+    with pytest.raises(InvalidRequest, match="images"):
+        house.client.training.submit(trigger_word="ohwx", images=[small] * (MOST_PICTURES + 1))
+
+
+def test_a_form_and_json_under_one_key_are_one_job(house: House) -> None:
+    said: dict[str, Any] = {"trigger_word": "ohwx", "settings": {"steps": 7}, "select": False, "upscale": 128, "job_id": "7"}
+    form = house.client.training.submit(**said, images=[ADA])
+    again = house.post(TRAININGS, **said, images=[PICTURE])
+    assert (again.status_code, again.json()["id"]) == (200, form.id)
+    other = house.post(TRAININGS, **said, images=[PICTURE, PICTURE])
+    assert (other.status_code, other.json()["code"]) == (409, "idempotency_conflict")
+
+
+def test_pictures_keep_their_order_whatever_they_are_given_as(house: House) -> None:
+    paths = sorted(ADA.parent.glob("ada-*.png"))[:4]
+    contents = [path.read_bytes() for path in paths]
+    given = [data_uri(paths[0]), paths[1], contents[2], str(paths[3])]
+    job = house.client.training.submit(trigger_word="ohwx", images=given)
+    assert house.jobs.pictures(house.jobs.get(job.id, "ada")) == {f"images/{place}": content for place, content in enumerate(contents)}
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        ([Path("/nowhere/ada.png")], "cannot be read"),
+        ([b"GIF89a"], "not a PNG, JPEG or WebP"),
+        ([7], "is no picture"),
+        (["QUJD"], "not a PNG"),
+    ],
+)
+def test_what_is_no_picture_is_told_before_or_after_it_goes_up(house: House, images: list[Any], says: str) -> None:
+    with pytest.raises(InvalidImage, match=says):
+        house.client.training.submit(trigger_word="ohwx", images=images)
+    assert house.jobs.list("ada") == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +148,16 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     with pytest.raises(NotEnoughMemory, match="a device with more memory"):
         planned(24 * GB)
     assert (free_bytes(torch.device("cpu")) or GB) > 0
+
+
+@pytest.mark.parametrize(("available", "taken"), [(8.0, 6.5), (1.5, 0.0), (0.5, 0.0)])
+def test_on_the_machines_own_memory_a_share_stays_for_who_serves(tmp_path: Path, available: float, taken: float) -> None:
+    """Of ten million KiB."""
+    told = tmp_path / "meminfo"
+    told.write_text(f"MemTotal:       10000000 kB\nMemFree:  1 kB\nMemAvailable:    {round(available * 1e6)} kB\n")
+    assert free_bytes(torch.device("cpu"), told) == pytest.approx(taken * 1e6 * 1024, abs=1024)
+    told.write_text("MemFree:  1 kB\n")
+    assert free_bytes(torch.device("cpu"), told) is None
 
 
 @pytest.mark.parametrize("kind", [NotEnoughMemory, TrainingDiverged])

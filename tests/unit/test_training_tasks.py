@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from pydantic import ValidationError
 
 from deployments.errors import InvalidCatalog, InvalidRequest, LikenessError, NoFaceDetected, NotEnoughMemory
 from tests.planted_folder import png
-from training.job import main
+from training.deaths import MOST, refuse_the_third
+from training.job import _heeded_while_it_waits, main
+from training.pathless import pathless, pathless_error
 from training.placement import Placement, load_placements, placement_of, pool_of
 from training.ray_jobs import Submission, next_name, submission_of
 from training.settings import preset
@@ -151,6 +155,54 @@ def test_a_placement_that_cannot_be_meant_is_refused(tmp_path: Path, wrong: dict
 def test_logical_gpus_may_be_reserved_for_work_on_the_cpu() -> None:
     placement = Placement(device="cpu", gpus=1)
     assert placement.resources == {"CPU": 1.0, "GPU": 1} and placement.joined_by == "gloo"
+
+
+def test_the_third_death_without_a_new_checkpoint_is_the_last(tmp_path: Path) -> None:
+    for step in (None, 2, 4):  # it gets further each time
+        ProgressFile(tmp_path).tell(weighty=True, stage="training", checkpoint=step)
+        for number in range(1, MOST):
+            for _ in range(2):  # two follow it
+                refuse_the_third(tmp_path, f"job_1-{step}-{number}", "Killed")
+    with pytest.raises(LikenessError, match=r"died 3 times at the same step, after the checkpoint of step 4: Killed") as raised:
+        refuse_the_third(tmp_path, "job_1-last", "Killed")
+    assert not raised.value.retryable and raised.value.remedy
+    refuse_the_third(tmp_path / "gone", "job_2-1", "Killed")
+    assert not (tmp_path / "gone").exists()
+
+
+def test_what_never_began_or_was_told_to_go_has_not_died() -> None:
+    ends = {None: False, 3: False, 1: True, -9: True, 0: True}
+    assert {code: Submission("job_1-1", "FAILED", "", code).died for code in ends} == ends
+    assert not Submission("job_1-1", "RUNNING", "", None).died
+
+
+def test_callers_are_told_no_folder_of_the_server(tmp_path: Path) -> None:
+    root = tmp_path / "my store" / "trainings"
+    error = InvalidRequest(f"{root}/job_1/dataset/a.png is torn.", "See '/srv/models/b.safetensors'.", {"file": f"{root}/x", "n": 3})
+    told = pathless_error(error, [root])
+    assert type(told) is InvalidRequest and (told.message, told.remedy) == ("…/job_1/dataset/a.png is torn.", "See '…/b.safetensors'.")
+    assert told.details == {"file": "…/x", "n": 3}
+    plain = "Ask GET /v1/jobs at http://host:80/a/b for `/flux-pulid`, an image/png of 3/4 in `images/0`."
+    assert pathless(plain, [root]) == plain
+    whole = LikenessError(plain)
+    assert pathless_error(whole, [root]) is whole
+
+
+@pytest.mark.parametrize("name", [CANCEL, STOPPING])
+def test_a_driver_that_waits_for_room_hears_that_nobody_waits_for_it(tmp_path: Path, name: str) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    ProgressFile(tmp_path).tell(stage="waiting")
+    threading.Timer(0.2, (tmp_path / name).touch).start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt), _heeded_while_it_waits(tmp_path):
+            time.sleep(30)
+        assert time.monotonic() - began < 20
+        ProgressFile(tmp_path).tell(stage="training", step=1)
+        with _heeded_while_it_waits(tmp_path):
+            time.sleep(1.2)  # whoever trains looks for itself, and leaves a checkpoint
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_submission_is_called_by_its_job_and_how_many_have_ended() -> None:

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from deployments.contracts import PictureFaces
@@ -39,7 +40,9 @@ class Service:
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
         """What `work` returns, in a thread, where it may use `draw` and `bench`. Cancelled, this returns when the thread has ended."""
-        thread = self._loop.run_in_executor(None, work)
+        # Of its own: it is kept for hours, and the loop's own threads are for what takes moments.
+        own = ThreadPoolExecutor(1, "evaluation")
+        thread = self._loop.run_in_executor(own, work)
         try:
             return await asyncio.shield(thread)
         except asyncio.CancelledError:
@@ -49,6 +52,8 @@ class Service:
             await asyncio.wait({thread})
             thread.exception()  # that it was left is known
             raise
+        finally:
+            own.shutdown(wait=False)
 
     def draw(self, fields: Mapping[str, Any]) -> Pictures:
         """A `Draw`. Raises Cancelled where the run was left."""
