@@ -53,6 +53,8 @@ prove: check ## the full bars: every test without a GPU, the benchmarks (docs/ma
 	$(BIN)/python -m benchmarks.job_overhead --write docs/job_overhead.md
 	$(BIN)/python -m benchmarks.job_races --write docs/job_races.md
 	$(BIN)/python -m benchmarks.overload --write docs/overload.md
+	rm -rf out/character_proof
+	$(BIN)/python -m benchmarks.character_proof --write docs/character_proof.md
 	$(BIN)/python -m training.mini.evaluate
 
 mini: install ## train the embedded models anew (one GPU, MINUTES=45), pin and measure them

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,9 +67,13 @@ def _drawn(name: str, framing: int, count: int, seed: int) -> list[bytes]:
 def trained(client: Client, name: str, pictures: Sequence[bytes], steps: int | None) -> tuple[TrainedLora, float]:
     """The LoRA that the service made of the pictures, and the seconds from the job's start to its end."""
     changes = {} if steps is None else {"steps": steps}
-    job = client.training.submit(
-        job_id=f"proof-{name}-{steps}", images=list(pictures), trigger_word=TRIGGER, character_id=name, name=name, settings=changes
-    )
+    for attempt in itertools.count():  # one that was stopped is not taken up again
+        key = f"proof-{name}-{steps}" + (f"-{attempt}" if attempt else "")
+        job = client.training.submit(
+            job_id=key, images=list(pictures), trigger_word=TRIGGER, character_id=name, name=name, settings=changes
+        )  # fmt: skip
+        if job.refresh().status not in ("failed", "canceled"):
+            break
     with Progress(transient=True) as progress:
         bar = progress.add_task(f"training {name}", total=None)
         while (item := job.refresh()).status in ("queued", "running"):
