@@ -14,7 +14,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -42,6 +42,15 @@ _PHOTOGRAPHS: Mapping[int, int] = {CLOSE_UP: 10, PORTRAIT: 8, FULL_BODY: 6}
 _UNSEEN = 6
 _SEEDS = 2
 
+
+class Trained(NamedTuple):
+    """training_s: from curating to the last step; job_s: from the job's start to its end, with the choice of a checkpoint."""
+
+    lora: TrainedLora
+    training_s: float
+    job_s: float
+
+
 Bars = Sequence[tuple[str, float, bool]]
 """What is asked, what was measured, whether it is enough."""
 
@@ -64,8 +73,8 @@ def _drawn(name: str, framing: int, count: int, seed: int) -> list[bytes]:
     return files
 
 
-def trained(client: Client, name: str, pictures: Sequence[bytes], steps: int | None) -> tuple[TrainedLora, float]:
-    """The LoRA that the service made of the pictures, and the seconds from the job's start to its end."""
+def trained(client: Client, name: str, pictures: Sequence[bytes], steps: int | None) -> Trained:
+    """The LoRA that the service made of the pictures."""
     changes = {} if steps is None else {"steps": steps}
     for attempt in itertools.count():  # one that was stopped is not taken up again
         key = f"proof-{name}-{steps}" + (f"-{attempt}" if attempt else "")
@@ -82,7 +91,7 @@ def trained(client: Client, name: str, pictures: Sequence[bytes], steps: int | N
             time.sleep(2)
     lora = job.lora()
     assert item.started is not None and item.finished is not None
-    return lora, item.finished - item.started
+    return Trained(lora, item.timings["training"], item.finished - item.started)
 
 
 def subject(client: Client, name: str, pictures: Sequence[bytes], unseen: Sequence[bytes], lora: TrainedLora) -> Subject:
@@ -115,7 +124,7 @@ def _more(gap: float) -> tuple[float, bool]:
     return gap, gap > 0
 
 
-def page(table: str, said: Bars, trainings: Mapping[str, tuple[TrainedLora, float]]) -> str:
+def page(table: str, said: Bars, trainings: Mapping[str, Trained]) -> str:
     """The document."""
     lines = [
         "# From photographs to a character, measured",
@@ -128,13 +137,15 @@ def page(table: str, said: Bars, trainings: Mapping[str, tuple[TrainedLora, floa
     lines += [f"| {what} | {value:.3f} | {'reached' if enough else '**not reached**'} |" for what, value, enough in said]
     lines += [
         "",
-        "| person | pictures kept | checkpoint taken | its identity, fresh seeds | job, minutes, two CPU cores |",
-        "|---|---|---|---|---|",
+        "| person | pictures | checkpoint taken | its identity, fresh seeds | trained in, minutes, two CPU cores | the job |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, (lora, seconds) in trainings.items():
+    for name, made in trainings.items():
+        lora = made.lora
         fresh = lora.scores.get("identity")
         shown = "–" if fresh is None else f"{fresh:.3f}"
-        lines.append(f"| {name} | {lora.pictures.accepted} | {lora.step} of {lora.steps} | {shown} | {seconds / 60:.1f} |")
+        minutes = f"{made.training_s / 60:.1f} | {made.job_s / 60:.1f}"
+        lines.append(f"| {name} | {lora.pictures.accepted} | {lora.step} of {lora.steps} | {shown} | {minutes} |")
     lines += ["", "![Reference, base, + LoRA, + PuLID, + LoRA + PuLID, + pose](character_proof.jpg)", "", table]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -152,7 +163,7 @@ def main() -> None:
     pictures = {name: photographs(name) for name in options.people}
     with serving(settings, port=8190) as url, Client(url, timeout=600) as client:
         trainings = {name: trained(client, name, pictures[name][0], options.steps) for name in options.people}
-        people = [subject(client, name, *pictures[name], trainings[name][0]) for name in options.people]
+        people = [subject(client, name, *pictures[name], trainings[name].lora) for name in options.people]
         plan = load_plan("mini")
         plan = plan.but(seeds=plan.seeds[:_SEEDS])
         with Progress(transient=True) as progress:
