@@ -1,15 +1,16 @@
 """DenoiserServer: one base model with its adapters; draws one picture at a time and stops within a step. See deployments/denoisers/.
 
 Drawing happens in a thread of its own, so that the event loop can hear a cancel. The slot of a cancelled request frees when its
-thread has left the model, never before; that of one which waits for the thread, at once.
+thread has left the model, never before; that of one which waits for its turn, at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from contextvars import copy_context
 from dataclasses import replace
 from functools import cache, partial
@@ -62,7 +63,7 @@ class DenoiserServer:
             loras=_lora_files(store), lora_cache_bytes=settings.lora_cache_bytes,
             memory=settings.memory, cache_threshold=settings.cache_threshold, device=settings.device, dtype=dtype,
         )  # fmt: skip
-        self._thread, self._device = ThreadPoolExecutor(1, "denoise"), settings.device
+        self._thread, self._turn, self._device = ThreadPoolExecutor(1, "denoise"), asyncio.Lock(), settings.device
         self._lora_cache, self._applied = metrics.lora_cache(), frozenset[tuple[str, float]]()
 
     async def generate(
@@ -72,6 +73,14 @@ class DenoiserServer:
 
         previews: so many steps, at most, bring a small picture of what is coming.
         """
+        async with self._turn:
+            async with aclosing(self._drawing(spec, identities, prompts, guides, previews)) as events:
+                async for event in events:
+                    yield event
+
+    async def _drawing(
+        self, spec: GenerationSpec, identities: Identities, prompts: Prompts, guides: Guides, previews: int
+    ) -> AsyncGenerator[Progress | Drawn]:
         loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[Progress | None](), Event()
 
         def report(event: Progress | None) -> None:
@@ -80,8 +89,7 @@ class DenoiserServer:
         given = spec, prompts.embeds, identities.tokens, guides
         draw = partial(self._drawn, *given, on_step=report, cancelled=cancelled.is_set, previews=previews)
         # In a copy of this task's context: what is logged while drawing carries the request's id.
-        work = self._thread.submit(copy_context().run, draw)
-        drawing = asyncio.wrap_future(work)
+        drawing = loop.run_in_executor(self._thread, copy_context().run, draw)
         drawing.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
@@ -94,7 +102,6 @@ class DenoiserServer:
             if not drawing.done():
                 _LOG.info("a drawing is not wanted any more")
             cancelled.set()
-            work.cancel()  # in vain once it has begun
             await _over(drawing)
             self._count(spec)
 

@@ -182,8 +182,9 @@ class IdentityPool(TorchPool):
 
 
 class DenoiserPool(TorchPool):
-    """DenoiserServer. One transformer draws one picture at a time. A second request may wait in the replica's hand, so that it begins when
-    the first has ended: Serve would bring it up to half a second later (its router looks for room again and again, ever more seldom)."""
+    """DenoiserServer. One transformer draws one picture at a time. Where there is one replica, a second request may wait in its hand, and
+    begins when the first has ended: Serve would bring it up to half a second later (its router looks for room ever more seldom). Where
+    there are several, another of them might be free meanwhile, which Serve's router need not know: then each has one."""
 
     torch: DenoiserSettings = DenoiserSettings()
     pool: Pool = Pool(max_ongoing_requests=2, max_queued_requests=32, graceful_shutdown_s=120)
@@ -197,6 +198,8 @@ class DenoiserPool(TorchPool):
     def _one_at_a_time(self) -> Self:
         if self.pool.max_ongoing_requests > 2:
             raise ValueError("a denoiser draws one picture at a time: max_ongoing_requests is 1 or 2; add replicas instead")
+        if self.pool.max_ongoing_requests > 1 and self.pool.most > 1:
+            raise ValueError("of several denoisers each has one request at a time: max_ongoing_requests is 1; another one may be free")
         return self
 
 

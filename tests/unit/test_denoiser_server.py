@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,8 @@ def server(tmp_path: Path) -> DenoiserServer:
     return DenoiserServer("flux1-mini", [], [], StoreSettings(url=f"sqlite:///{tmp_path}/s.db", folder=tmp_path), DenoiserSettings())
 
 
-async def _picture(server: DenoiserServer, asked: GenerationSpec) -> RGB:
-    async for event in server.generate(asked, Identities(), Prompts(texts(), {}), Guides()):
+async def _picture(server: DenoiserServer, asked: GenerationSpec, prompts: Prompts | None = None) -> RGB:
+    async for event in server.generate(asked, Identities(), prompts or Prompts(texts(), {}), Guides()):
         if isinstance(event, Drawn):
             assert event.peak_bytes is not None and event.peak_bytes > 100 * 2**20
             return event.picture
@@ -50,3 +52,26 @@ def test_who_waits_at_hand_is_drawn_next_and_who_leaves_there_leaves_at_once(ser
         *together, took = asyncio.run(crowd())
     assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
     assert len(begun) == 16 and took < whole / 2
+
+
+def test_of_who_leaves_while_waiting_nothing_is_kept_until_the_drawing_ends(server: DenoiserServer) -> None:
+    async def crowd() -> list[bool]:
+        first = asyncio.create_task(_picture(server, spec(seed=1, steps=8)))
+        await asyncio.sleep(0.05)
+        kept = []
+        for seed in range(5):
+            prompts = Prompts(texts(), {})
+            kept.append(weakref.ref(prompts))
+            waiting = asyncio.create_task(_picture(server, spec(seed=seed), prompts))
+            del prompts
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.wait({waiting})
+            del waiting
+        gc.collect()
+        held = [reference() is not None for reference in kept]
+        assert not first.done()
+        await first
+        return held
+
+    assert not any(asyncio.run(crowd()))

@@ -45,6 +45,7 @@ def test_ray_reads_the_file_and_loses_no_key_of_it(file: Path) -> None:
         ({"bases": "flux1-mini"}, "bases"),
         ({"denoiser": {"pool": {"num_gpu": 1}}}, "num_gpu"),
         ({"denoiser": {"pool": {"max_ongoing_requests": 3}}}, "one picture at a time"),
+        ({"denoiser": {"pool": {"max_ongoing_requests": 2, "replicas": 2}}}, "another one may be free"),
         ({"identity": {"torch": {"device": "cuda"}}}, "exactly if it is reserved"),
         ({"identity": {"pool": {"num_gpus": 0.5}}}, "exactly if it is reserved"),
         ({"identity": {"torch": {"device": "cuda", "gpu_fraction": 0.9}, "pool": {"num_gpus": 0.5}}}, "more than the num_gpus"),
