@@ -6,13 +6,17 @@ Whatever a header says of the length, no more is read than may be.
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import Request
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Message
 
-from deployments.errors import InvalidRequest, LikenessError
+from deployments.errors import InvalidRequest, LikenessError, TooLarge
 from serve.problem import once
 
 MULTIPART = "multipart/form-data"
@@ -47,6 +51,32 @@ def counted(request: Request, limit: int, refusal: LikenessError) -> Request:
         return message
 
     return Request(request.scope, counting)
+
+
+@asynccontextmanager
+async def form_of(request: Request, max_files: int, max_text_bytes: int) -> AsyncIterator[FormData]:
+    """The form of a request, as `Request.form` reads it, for the length of the context. max_text_bytes: of all its parts that are no files
+    together; those stay in memory while it comes, and files do not. Raises InvalidRequest, TooLarge."""
+    try:
+        async with aclosing(request.stream()) as stream:
+            form = await _Parser(request.headers, stream, max_files=max_files, max_part_size=max_text_bytes).parse()
+    except MultiPartException as error:
+        raise unreadable(HTTPException(400, error.message)) from error
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+class _Parser(MultiPartParser):
+    """Starlette's bounds each text; this one all of them."""
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is None:
+            self._texts = getattr(self, "_texts", 0) + end - start
+            if self._texts > self.max_part_size:
+                raise TooLarge(f"The form has more than {self.max_part_size} bytes of text.", "Send its pictures as files, not as text.")
+        super().on_part_data(data, start, end)
 
 
 def json_object(content: bytes, remedy: str) -> dict[str, Any]:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
 
-from deployments.errors import InvalidRequest
+from deployments.errors import InvalidRequest, StoreUnavailable
 from deployments.store.settings import EVERYBODY
 from serve.answers import LoraDeleted, LoraItem, LorasResponse
-from serve.cli_output import ERR, OUT, table
+from serve.cli_output import ERR, OUT, moving, table
 from serve.client import Client
-from serve.client_loras import Loras
+from serve.client_downloads import Download, Progress
+from serve.client_loras import Loras, destination
 
 _HELP = """Your LoRAs: keep one, then name it in requests.
 
     likeness loras add ada.safetensors --trigger-word "ada person"
 
-prints an id; requests say `loras: [{id: lora_..., scale: 0.8}]`, and the trigger word in the prompt.
+prints an id; requests say `loras: [{id: lora_..., scale: 0.8}]`, and the trigger word in the prompt. `likeness loras download ID`
+writes the file of one, also of one that the server trained.
 
 Files of diffusers, peft, ai-toolkit, kohya, ComfyUI, OneTrainer, XLabs, Black Forest Labs and LyCORIS are read. One that would not wholly
 apply to the base model is refused, with the names of its keys."""
+_PIECE_BYTES = 2**20
 loras = typer.Typer(
     help=_HELP,
     no_args_is_help=True,
@@ -68,7 +70,7 @@ def add(
     server: Server = None,
 ) -> None:
     """Keep a LoRA. All of it is fitted to the base model first. Prints its id."""
-    with _loras(server) as mine, _uploading(file.name) as progress:
+    with _loras(server) as mine, moving(file.name, ", checked by the server") as progress:
         item = mine.add(file, name=name, trigger_word=trigger_word, description=description, progress=progress)
     if as_json:
         OUT.print_json(item.model_dump_json())
@@ -98,6 +100,20 @@ def show(id: Id, as_json: AsJson = False, server: Server = None) -> None:
 
 
 @loras.command()
+def download(
+    id: Id,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="A file (*.safetensors), or a folder for one that is called as the LoRA is.")
+    ] = Path("out"),
+    server: Server = None,
+) -> None:
+    """Write the file of one, in place of what is there. Prints where it is."""
+    with _loras(server) as mine, moving(id) as progress:
+        path = mine.download(id, out, progress=progress)
+    OUT.print(str(path), markup=False)
+
+
+@loras.command()
 def remove(id: Id, server: Server = None) -> None:
     """Delete one, and its file. Pictures that were drawn with it stay as they are, and cannot be made again without it."""
     with _loras(server) as mine:
@@ -124,9 +140,7 @@ class _Here:
         settings = load_settings()
         self._server = LoraServer(settings.base, settings.store, settings.max_lora_bytes)
 
-    def add(
-        self, file: Path, *, name: str | None, trigger_word: str | None, description: str | None, progress: Callable[[int, int], object]
-    ) -> LoraItem:
+    def add(self, file: Path, *, name: str | None, trigger_word: str | None, description: str | None, progress: Progress) -> LoraItem:
         try:
             content = file.read_bytes()
         except OSError as error:
@@ -141,22 +155,21 @@ class _Here:
     def get(self, id: str) -> LoraItem:
         return LoraItem.of(self._server.get(id, EVERYBODY))
 
+    def download(self, id: str, path: Path, *, progress: Progress) -> bytes | Path:
+        info = self._server.get(id, EVERYBODY)
+        try:
+            kept = self._server.path(info.sha256).open("rb")
+        except OSError as error:
+            raise StoreUnavailable(f"The file of {id} cannot be read: {error.strerror}.") from error
+        with kept as file, Download(destination(path, info.name), progress) as download:
+            download.begin(info.bytes)
+            for piece in iter(partial(file.read, _PIECE_BYTES), b""):
+                download.add(piece)
+            return download.keep()
+
     def delete(self, id: str) -> LoraDeleted:
         self._server.delete(id, EVERYBODY)
         return LoraDeleted(id=id)
-
-
-@contextmanager
-def _uploading(name: str) -> Iterator[Callable[[int, int], object]]:
-    """A bar over the bytes of a file, on the terminal's error stream; what it yields is told how many of how many went up."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
-    with Bar(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-
-        def report(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=f"{name}, checked by the server" if done == total else name)
-
-        yield report
 
 
 def _added(item: LoraItem) -> str:

@@ -10,7 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column, Table
 
 from deployments.errors import LikenessError
@@ -44,6 +53,19 @@ def drawing(pictures: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
         task = progress.add_task("drawing", total=pictures)
         yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def moving(name: str, then: str = "") -> Iterator[Callable[[int, int], object]]:
+    """A bar over the bytes of a file; what it yields is told how many of how many have gone or come. then: what happens after the last."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as progress:
+        task = progress.add_task(name, total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, description=f"{name}{then}" if done == total else name)
+
+        yield report
 
 
 def report_error(error: LikenessError) -> None:

@@ -12,8 +12,9 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bar
 
 from deployments.errors import InvalidRequest, LikenessError
-from serve.cli_output import ERR, OUT, table
+from serve.cli_output import ERR, OUT, moving, table
 from serve.client import Client
+from serve.client_downloads import Download
 from serve.problem import error_of
 from serve.training_answers import TrainedLora
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 EPILOG = """likeness train holiday/ --trigger-word ohwx --class-word woman --server http://127.0.0.1:8000
 
 sends the pictures, shows the steps as they are done (ctrl-C leaves the training alone, `likeness jobs watch ID` comes back to it), and
-prints the id of the LoRA. Draw with it:
+prints the id of the LoRA, which the server keeps; --out FOLDER writes its file as well. Draw with it:
 
 likeness generate --lora lora_... -p "ohwx woman, a portrait in a library"
 
@@ -70,7 +71,13 @@ def train(
     key: Annotated[str | None, typer.Option("--key", help="With a server: the same request with the same key is the same job.")] = None,
     webhook_url: Annotated[str | None, typer.Option(help="With a server: where the job is posted to once it has ended.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Without a server: where everything goes; by default out/lora.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Without a server: where everything goes, by default out/lora. With one: a folder for the LoRA and the candidates' grid.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what came of it as JSON.")] = False,
     server: Annotated[
@@ -86,9 +93,8 @@ def train(
         trained = _here(folder, trigger_word, class_word, reference, preset or "mini", settings, out or _OUT)
         _tell_here(trained, as_json)
         return
-    if out is not None:
-        remedy = "Leave it out, and name the LoRA by its id. `likeness jobs fetch ID --out FOLDER` writes the candidates' grid."
-        raise InvalidRequest(f"--out is for a training in this process; {server} keeps the LoRA that it trains.", remedy)
+    if out is not None and out.exists() and not out.is_dir():  # told now, and not when all is done
+        raise InvalidRequest(f"{out} is no folder.", "Name a folder with --out, or leave it out.")
     files = _pictures(folder)
     sent = {
         "trigger_word": trigger_word, "class_word": class_word, "images": files, "character_id": character, "reference_image": reference,
@@ -101,9 +107,11 @@ def train(
             for event in job.events():
                 _told(event, tell)
         item = job.refresh()
-    if not isinstance(item.result, TrainedLora):
-        raise error_of(item.error) if item.error is not None else LikenessError(f"{item.id} is {item.status}.", "Train it again.")
-    _tell(item.result, as_json, {f"images[{number}]": str(file) for number, file in enumerate(files)})
+        if not isinstance(item.result, TrainedLora):
+            raise error_of(item.error) if item.error is not None else LikenessError(f"{item.id} is {item.status}.", "Train it again.")
+        _tell(item.result, as_json, {f"images[{number}]": str(file) for number, file in enumerate(files)})
+        if out is not None:
+            _fetch(client, item.result, out)
 
 
 def _here(
@@ -179,6 +187,21 @@ def _tell(result: TrainedLora, as_json: bool, files: Mapping[str, str]) -> None:
     used = f"{result.pictures.accepted} pictures, step {result.step} of {result.steps}"
     ERR.print(f"{used}. Say {result.trigger_word!r} in the prompt.", markup=False)
     OUT.print(result.lora_id, markup=False)
+
+
+def _fetch(client: Client, result: TrainedLora, out: Path) -> None:
+    """Into a folder: the LoRA, and what the job left. After its id was told: if this fails, the LoRA is there all the same."""
+    with moving(result.lora_id) as progress:
+        path = client.loras.download(result.lora_id, out, progress=progress)
+    ERR.print(f"written: {path}", markup=False)
+    for file in result.data:
+        if file.artifact is not None:
+            content, beside = client.jobs.artifact(file.artifact), path.parent / Path(file.name).name
+            with Download(beside) as download:
+                download.begin(len(content))
+                download.add(content)
+                download.keep()
+            ERR.print(f"written: {beside}", markup=False)
 
 
 def _tell_here(trained: Trained, as_json: bool) -> None:

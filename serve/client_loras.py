@@ -1,16 +1,16 @@
-"""The LoRAs of the SDK: `client.loras.add("ada.safetensors")`, `.list()`, `.get(id)`, `.delete(id)`; the same awaited on `AsyncClient`.
+"""The LoRAs of the SDK: `client.loras.add("ada.safetensors")`, `.list()`, `.get(id)`, `.delete(id)`,
+`.download(id, "ada.safetensors")`; the same awaited on `AsyncClient`.
 
-Files go up as a stream: they may be larger than memory. Opens no LoRA: the server checks it.
+Files go up and come down as a stream: they may be larger than memory. Opens no LoRA: the server checks it.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 from urllib.parse import quote
 
 import httpx
@@ -18,11 +18,13 @@ import httpx
 from deployments.errors import InvalidRequest
 from serve.answers import LoraDeleted, LoraItem, LorasResponse
 from serve.client_answers import Answer, read, unreachable
+from serve.client_downloads import Download, Progress
+from serve.file_names import file_name
 
 _PATH = "/v1/loras"
-File = str | os.PathLike[str] | bytes
-Progress = Callable[[int, int], object]
-"""Told how many bytes of how many have gone up."""
+_SUFFIX = ".safetensors"
+Place = str | os.PathLike[str]
+File = Place | bytes
 
 
 class Loras:
@@ -59,6 +61,29 @@ class Loras:
         """Raises LoraNotFound."""
         return self._ask("DELETE", _one(id), LoraDeleted)
 
+    @overload
+    def download(self, id: str, path: None = None, *, progress: Progress | None = None) -> bytes: ...
+    @overload
+    def download(self, id: str, path: Place, *, progress: Progress | None = None) -> Path: ...
+    def download(self, id: str, path: Place | None = None, *, progress: Progress | None = None) -> bytes | Path:
+        """The file of a LoRA: its bytes, or where it was written. path: of the file (`*.safetensors`) or of a folder for it, where it is
+        called as the LoRA is; made where it is not there. What is there is replaced once the new file is whole.
+
+        Raises LoraNotFound, InvalidRequest for a path that cannot be written, ServerUnreachable also for a file that is cut off.
+        """
+        place = destination(path, self.get(id).name) if path is not None else None
+        with Download(place, progress) as download:
+            try:
+                with self._http.stream("GET", _file(id)) as answer:
+                    if not answer.is_success:
+                        answer.read()
+                    download.begin(_length(answer))
+                    for piece in answer.iter_bytes():
+                        download.add(piece)
+            except httpx.TransportError as error:
+                raise unreachable(self._http.base_url, error) from error
+            return download.keep()
+
     def _ask(self, method: str, path: str, kind: type[Answer], **content: Any) -> Answer:
         try:
             return read(self._http.request(method, path, **content), kind)
@@ -94,11 +119,36 @@ class AsyncLoras:
     async def delete(self, id: str) -> LoraDeleted:
         return await self._ask("DELETE", _one(id), LoraDeleted)
 
+    @overload
+    async def download(self, id: str, path: None = None, *, progress: Progress | None = None) -> bytes: ...
+    @overload
+    async def download(self, id: str, path: Place, *, progress: Progress | None = None) -> Path: ...
+    async def download(self, id: str, path: Place | None = None, *, progress: Progress | None = None) -> bytes | Path:
+        """As Loras.download."""
+        place = destination(path, (await self.get(id)).name) if path is not None else None
+        with Download(place, progress) as download:
+            try:
+                async with self._http.stream("GET", _file(id)) as answer:
+                    if not answer.is_success:
+                        await answer.aread()
+                    download.begin(_length(answer))
+                    async for piece in answer.aiter_bytes():
+                        download.add(piece)
+            except httpx.TransportError as error:
+                raise unreachable(self._http.base_url, error) from error
+            return download.keep()
+
     async def _ask(self, method: str, path: str, kind: type[Answer], **content: Any) -> Answer:
         try:
             return read(await self._http.request(method, path, **content), kind)
         except httpx.TransportError as error:
             raise unreachable(self._http.base_url, error) from error
+
+
+def destination(path: Place, name: str) -> Path:
+    """Where the file of a LoRA goes. path: `*.safetensors`, or a folder. name: the LoRA's."""
+    found = Path(path)
+    return found if found.suffix == _SUFFIX else found / file_name(name, _SUFFIX)
 
 
 class _Watched(io.BufferedReader):
@@ -153,3 +203,15 @@ def _form(file: File, stream: _Watched, name: str | None, trigger_word: str | No
 
 def _one(id: str) -> str:
     return f"{_PATH}/{quote(id, safe='')}"
+
+
+def _file(id: str) -> str:
+    return f"{_one(id)}/file"
+
+
+def _length(answer: httpx.Response) -> int:
+    """Bytes that are to come, 0 where that is not told. Raises the error that the answer is."""
+    if not answer.is_success:
+        read(answer, LoraItem)
+    length = answer.headers.get("content-length", "")
+    return int(length) if length.isdecimal() else 0

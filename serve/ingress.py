@@ -26,7 +26,7 @@ from deployments import metrics
 from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull, ReplicaLost, TooLarge
 from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
 from serve.attachments import PICTURE_FIELDS
-from serve.bodies import MULTIPART, counted, media_of, refuse_query, unreadable
+from serve.bodies import MULTIPART, counted, form_of, media_of, refuse_query
 from serve.callers import caller_of
 from serve.characters import CharacterDesk, add_character_routes
 from serve.job_desk import JobDesk
@@ -226,20 +226,18 @@ def _children(item: object) -> list[Any]:
     return item if isinstance(item, list) else []
 
 
-async def _form(request: Request, part_limit: int, of_set: bool) -> dict[str, Any]:
-    """Fields of a form; those that repeat, and `reference_images`, become lists; people and lists are JSON. part_limit: of a text."""
+async def _form(request: Request, text_limit: int, of_set: bool) -> dict[str, Any]:
+    """Fields of a form; those that repeat, and `reference_images`, become lists; people and lists are JSON. text_limit: of all of them that
+    are no files."""
     length = request.headers.get("content-length", "")
     if not (length.isascii() and length.isdecimal()):
         raise InvalidRequest("The form does not say how long it is.", "Send the header content-length.")
     body: dict[str, Any] = {}
-    try:
-        # While it comes it lies on the disk: in memory is what a form holds, once, and not what many are sending.
-        async with request.form(max_files=_SET_FILES if of_set else _FILES, max_part_size=part_limit) as form:
-            for name in form:
-                values = [await _value(name, item, of_set) for item in form.getlist(name)]
-                body[name] = values if len(values) > 1 or (name == "reference_images" and not isinstance(values[0], list)) else values[0]
-    except HTTPException as error:  # how Starlette refuses one
-        raise unreadable(error) from error
+    # While it comes its files lie on the disk: in memory is what a form holds, once, and not what many are sending.
+    async with form_of(request, _SET_FILES if of_set else _FILES, text_limit) as form:
+        for name in form:
+            values = [await _value(name, item, of_set) for item in form.getlist(name)]
+            body[name] = values if len(values) > 1 or (name == "reference_images" and not isinstance(values[0], list)) else values[0]
     return body
 
 

@@ -16,6 +16,7 @@ from deployments.errors import InvalidRequest
 from deployments.store.job_values import Status
 from serve.access import quota_of, require
 from serve.callers import caller_of
+from serve.file_answers import is_known
 from serve.job_answers import (
     ARTIFACT,
     CANCEL,
@@ -128,8 +129,7 @@ def add_job_routes(app: FastAPI, desk: JobDesk, body_of: BodyReader, owner_of: C
         """A file of one of your jobs."""
         info, content = await desk.artifact(id, owner_of(request))
         headers = {"etag": f'"{info.sha256}"', "cache-control": "private, max-age=3600, immutable", "x-content-type-options": "nosniff"}
-        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-        if headers["etag"] in known or "*" in known:
+        if is_known(request, headers["etag"]):
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers, media_type=info.media_type)
 

@@ -71,10 +71,10 @@ class UnderWay:
         self._counts: Counter[str] = Counter()
 
     @contextmanager
-    def one(self, name: str, limit: int) -> Iterator[None]:
-        """One more, for the length of the context. Raises QuotaExceeded where there are as many as may be."""
+    def one(self, name: str, limit: int, what: str = "requests of this API key are being answered") -> Iterator[None]:
+        """One more, for the length of the context. Raises QuotaExceeded where there are as many as may be. what: of what."""
         if self._counts[name] >= limit:
-            raise QuotaExceeded(f"{limit} requests of this API key are being answered, as many as may be at once.")
+            raise QuotaExceeded(f"{limit} {what}, as many as may be at once.")
         self._counts[name] += 1
         try:
             yield
@@ -107,6 +107,28 @@ class Room:
         """Raises QueueFull where no more may wait."""
         if self._inside >= self._places:
             raise QueueFull(f"{self._inside} requests are being drawn or wait; no more may.")
+
+
+class Sets:
+    """Sets of pictures that one process takes in: while their body comes, while they are fetched, until their job is kept. Each may be as
+    large as `max_set_bytes`, on the disk and then in memory."""
+
+    def __init__(self, most: int, of_owner: int) -> None:
+        """most: at once; of_owner: of one owner's."""
+        self._most, self._of_owner = most, of_owner
+        self._owners, self._inside = UnderWay(), 0
+
+    @contextmanager
+    def one(self, owner: str) -> Iterator[None]:
+        """One more, for the length of the context. Raises QuotaExceeded for the owner's, QueueFull for everybody's."""
+        with self._owners.one(owner, self._of_owner, "requests of yours that may bring sets of pictures are being taken in"):
+            if self._inside >= self._most:
+                raise QueueFull(f"{self._most} requests that may bring sets of pictures are being taken in; no more may at once.")
+            self._inside += 1
+            try:
+                yield
+            finally:
+                self._inside -= 1
 
 
 class SlowBody(LikenessError):

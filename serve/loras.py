@@ -5,10 +5,12 @@ An upload is a form with a file, or JSON with the file as base64. Its size is co
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -16,13 +18,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from deployments.errors import InvalidRequest, TooLarge
-from deployments.store.loras import LoraInfo
+from deployments.errors import InvalidRequest, StoreUnavailable, TooLarge
+from deployments.store.loras import SUFFIX, LoraInfo
 from serve.answers import LoraDeleted, LoraItem, LorasResponse
 from serve.bodies import MULTIPART, counted, json_object, media_of, refuse_query, unreadable
+from serve.file_answers import FileAnswer, is_known
+from serve.file_names import attachment, file_name
+from serve.jobs import Strict, query_of
 from serve.problem import MEDIA_TYPE, Problem, given_twice, invalid
 
-_PATH, _ONE = "/v1/loras", "/v1/loras/{id}"
+_PATH, _ONE, _FILE = "/v1/loras", "/v1/loras/{id}", "/v1/loras/{id}/file"
+_BINARY = "application/octet-stream"
 _REMEDY = "Send JSON with `file` (base64) and `name`, or a form with the file."
 # What a form or JSON has around the file: three short texts and their names.
 _AROUND_BYTES = 64 * 2**10
@@ -30,6 +36,13 @@ _GONE: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "content": {ME
 _BAD: dict[int | str, dict[str, Any]] = {
     422: {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": "No LoRA, or one for another model; `detail` names the keys."}
 }
+_SENT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {_BINARY: {"schema": {"type": "string", "format": "binary"}}}, "description": "The safetensors file, whole."},
+    304: {"description": "It is the one that `if-none-match` names."},
+    **_GONE,
+}
+# It may be kept, and whoever keeps it asks each time: what is deleted is not there.
+_KEPT = {"cache-control": "private, no-cache", "x-content-type-options": "nosniff"}
 
 
 class LoraCalls(Protocol):
@@ -39,6 +52,7 @@ class LoraCalls(Protocol):
     async def list(self, owner: str) -> Sequence[LoraInfo]: ...
     async def get(self, id: str, owner: str) -> LoraInfo: ...
     async def delete(self, id: str, owner: str) -> str: ...
+    async def path(self, sha256: str) -> Path: ...
 
 
 def add_lora_routes(app: FastAPI, calls: LoraCalls, max_bytes: int, owner_of: Callable[[Request], str]) -> None:
@@ -54,20 +68,40 @@ def add_lora_routes(app: FastAPI, calls: LoraCalls, max_bytes: int, owner_of: Ca
 
     async def listed(request: Request) -> LorasResponse:
         """Your LoRAs, the newest first."""
+        query_of(request, Strict)
         return LorasResponse(data=[LoraItem.of(info) for info in await calls.list(owner_of(request))])
 
     async def show(id: str, request: Request) -> LoraItem:
         """One of your LoRAs."""
+        query_of(request, Strict)
         return LoraItem.of(await calls.get(id, owner_of(request)))
+
+    async def file(id: str, request: Request) -> Response:
+        """The file of one of your LoRAs, as it was uploaded or trained."""
+        query_of(request, Strict)
+        owner = owner_of(request)
+        info = await calls.get(id, owner)
+        headers = {"etag": f'"{info.sha256}"', "content-disposition": attachment(file_name(info.name, SUFFIX)), **_KEPT}
+        if is_known(request, headers["etag"]):
+            return Response(status_code=304, headers=headers)
+        path = await calls.path(info.sha256)
+        try:
+            opened = await asyncio.to_thread(path.open, "rb")
+        except OSError as error:
+            await calls.get(id, owner)  # raises where it was deleted meanwhile
+            raise StoreUnavailable(f"The file of {id} cannot be read: {error.strerror}.") from error
+        return FileAnswer(opened, _BINARY, headers)
 
     async def delete(id: str, request: Request) -> LoraDeleted:
         """Delete one of your LoRAs, and its file. A request that has not read it yet fails."""
+        query_of(request, Strict)
         await calls.delete(id, owner_of(request))
         return LoraDeleted(id=id)
 
     app.post(_PATH, status_code=201, summary="Keep a LoRA", responses=_BAD, openapi_extra={"requestBody": _documented()})(add)
     app.get(_PATH, summary="Your LoRAs")(listed)
     app.get(_ONE, summary="One of your LoRAs", responses=_GONE)(show)
+    app.get(_FILE, summary="A LoRA's file", response_class=Response, responses=_SENT)(file)
     app.delete(_ONE, summary="Delete a LoRA", responses=_GONE)(delete)
 
 

@@ -125,6 +125,9 @@ def _shown(value: object) -> str:
     """The rejected value, where it is short enough to help and no whole body."""
     if isinstance(value, Mapping | list):
         return ""
+    if isinstance(value, str | bytes) and len(value) > _SHOWN_CHARACTERS:  # cut first: spelt whole, a file would be four times itself
+        length = f"{len(value)} {'characters' if isinstance(value, str) else 'bytes'}"
+        return f", not {repr(value[:_SHOWN_CHARACTERS])[:_SHOWN_CHARACTERS]}… ({length})"
     text = repr(value)
     return f", not {text}" if len(text) <= _SHOWN_CHARACTERS else f", not {text[:_SHOWN_CHARACTERS]}… ({len(text)} characters)"
 

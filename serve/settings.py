@@ -119,7 +119,8 @@ class TrainingSection(_Strict):
     of which draws one picture after another. preset: of configs/training, where a request names none; by default one for `base`. datasets:
     an absolute folder of curated datasets that every caller with the scope `train` may train on, by name. plan: of configs/evaluation,
     where an evaluation names none. candidates: how many checkpoints are compared. quota, evaluation_quota: how many trainings, and how
-    many evaluations, of one owner may wait or run.
+    many evaluations, of one owner may wait or run. sets: how many requests for either an ingress takes in at once (each may hold
+    `max_set_bytes`, on the disk and then in memory), and owner_sets how many of one owner's.
     shown: how many pictures one may be shown, steps x batch x grad_accum: eight times as many as the largest preset.
     attempts: how often one is begun; each death of a runner that follows one counts. sweep_s: how often what nobody wants is looked for.
     """
@@ -134,6 +135,8 @@ class TrainingSection(_Strict):
     candidates: int = Field(default=4, ge=1, le=20)
     quota: int = Field(default=10, ge=1)
     evaluation_quota: int = Field(default=10, ge=1)
+    sets: int = Field(default=4, ge=1)
+    owner_sets: int = Field(default=2, ge=1)
     shown: int = Field(default=40_000, ge=1)
     attempts: int = Field(default=20, ge=1)
     sweep_s: float = Field(default=10.0, gt=0)

@@ -31,7 +31,7 @@ _DONE: dict[int | str, dict[str, Any]] = {
     409: {**_PROBLEM, "description": "The key was used with another request."},
     413: {**_PROBLEM, "description": "A form is larger than `max_set_bytes`, or JSON than `max_body_bytes`."},
     422: {**_PROBLEM, "description": "The request cannot be done; `code` says why."},
-    429: {**_PROBLEM, "description": "As many of yours wait as may wait."},
+    429: {**_PROBLEM, "description": "As many of yours wait as may wait, or as many requests are being taken in as may be at once."},
 }
 
 
@@ -87,7 +87,10 @@ async def _submitted(
     request: Request, desk: TrainingDesk, submit: Any, address: str, body_of: BodyReader, owner_of: Callable[[Request], str]
 ) -> Response:
     owner, key, wait = owner_of(request), idempotency_key(request), preference(request)
-    item, made = await submit(await body_of(request), owner, key, quota_of(request))
+    # Before the body is read. How many jobs the owner has is asked after it: the same request sent again is answered whatever the quota
+    # says, and its key may stand in the body.
+    with desk.sets.one(owner):
+        item, made = await submit(await body_of(request), owner, key, quota_of(request))
     if wait is not None:
         return await awaited(desk.jobs, item, owner, wait)
     answer = job_answer(item, 202 if made else 200)

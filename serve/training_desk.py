@@ -21,6 +21,7 @@ from deployments.store.job_values import NewJob
 from deployments.store.loras import labelled
 from serve.job_answers import JobItem
 from serve.job_desk import Filled, JobDesk, parted
+from serve.limits import Sets
 from serve.problem import invalid
 from serve.settings import AppSettings
 from serve.training_bodies import MOST_PICTURES, PICTURES, EvaluationRequest, TrainingRequest
@@ -61,6 +62,7 @@ class TrainingDesk:
         self._settings, self._training, self.jobs = settings, settings.training, jobs
         self._characters, self._find_loras, self._check = characters, find_loras, check
         self._limits = settings.limits.value
+        self.sets = Sets(settings.training.sets, settings.training.owner_sets)
 
     async def train(self, body: Mapping[str, Any], owner: str, key: str | None, quota: int | None) -> tuple[JobItem, bool]:
         """The job, and whether it was made now. key: of the header."""
@@ -281,9 +283,11 @@ def _one_key(header: str | None, said: str | None) -> str | None:
 
 
 def _said(wanted: BaseModel) -> dict[str, Any]:
-    """The request as it was meant, by which two of them are the same: a form spells numbers and lists in other ways than JSON."""
+    """The request as it was meant, by which two of them are the same: a form spells numbers and lists in other ways than JSON, a default
+    or null may be said or not, and the key may stand here or in the header."""
     pictures = {name: getattr(wanted, name) for name in sorted(PICTURES & wanted.model_fields_set)}
-    return wanted.model_dump(exclude=set(pictures), exclude_unset=True) | pictures
+    said = wanted.model_dump(exclude={"job_id", *pictures}, exclude_defaults=True)
+    return said | {name: value for name, value in pictures.items() if value is not None}
 
 
 def _lesser(ours: int, keys: int | None) -> int:

@@ -13,6 +13,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from safetensors.torch import save
+from starlette.types import ASGIApp
 
 from deployments.lora_server import LoraServer
 from deployments.store.settings import EVERYBODY
@@ -53,7 +54,7 @@ def kept(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def over_a_socket(app: FastAPI) -> Iterator[str]:
+def over_a_socket(app: ASGIApp) -> Iterator[str]:
     """The address of a server of this application."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)

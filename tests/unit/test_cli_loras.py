@@ -57,6 +57,12 @@ def test_from_adding_to_removing(where: Path, tmp_path: Path) -> None:
     assert json.loads(likeness("show", id, "--json").stdout)["metadata"]["pictures"] == "20"
     assert json.loads(likeness("list", "--json").stdout)["data"][0]["id"] == id
     assert [path.read_bytes() for path in kept(where / "loras")] == [ADA]
+    folder, named = tmp_path / "downloads", tmp_path / "named.safetensors"
+    for out, path in ((folder, folder / "ada [red].safetensors"), (named, named)):
+        downloaded = likeness("download", id, "--out", out)
+        assert downloaded.exit_code == 0 and downloaded.stdout.splitlines() == [str(path)], downloaded.output
+        assert path.read_bytes() == ADA
+    assert len(kept(folder)) == 1
     removed = likeness("remove", id)
     assert removed.exit_code == 0 and f"{id} is deleted" in removed.stdout
     assert kept(where / "loras") == []
@@ -72,9 +78,11 @@ def test_what_is_wrong_is_told_in_words(where: Path, tmp_path: Path) -> None:
         (("add", other, "--name", " "), "invalid_request", "`name` is empty"),
         (("show", "lora_nobodys"), "lora_not_found", "lora_nobodys"),
         (("remove", "lora_nobodys"), "lora_not_found", "lora_nobodys"),
+        (("download", "lora_nobodys", "-o", tmp_path / "none"), "lora_not_found", "lora_nobodys"),
     ):
         result = likeness(*arguments)
         assert result.exit_code == 1 and f"({code})" in result.stderr and says in result.stderr, result.output
+    assert not (tmp_path / "none").exists()
     assert kept(where / "loras") == []
 
 

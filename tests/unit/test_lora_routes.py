@@ -6,21 +6,25 @@ import asyncio
 import base64
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from safetensors.torch import save
+from starlette.types import Message, Receive, Scope, Send
 
-from deployments.errors import InvalidLora, InvalidRequest, LoraIncompatible, LoraNotFound, ServerUnreachable
+from deployments.errors import InvalidLora, InvalidRequest, LoraIncompatible, LoraNotFound, ServerUnreachable, StoreUnavailable
 from deployments.lora_server import LoraServer
-from deployments.store.settings import StoreSettings
+from deployments.store.settings import EVERYBODY, StoreSettings
 from serve.client import AsyncClient, Client
 from serve.client_loras import AsyncLoras, Loras
-from tests.lora_serving import ADA, KOHYA, LIMIT, SDXL, kept, over_a_socket, routes
+from serve.file_names import attachment, file_name
+from serve.ingress import Calls, api
+from tests.lora_serving import ADA, KOHYA, LIMIT, SDXL, LorasOnly, kept, over_a_socket, routes
 
 URL = "http://likeness.local"
 
@@ -75,10 +79,11 @@ def test_json_with_base64_does_the_same(http: httpx.Client) -> None:
 
 def test_another_owners_lora_is_not_there(http: httpx.Client, mine: Loras) -> None:
     item = mine.add(KOHYA)
-    for method in ("GET", "DELETE"):
-        answer = http.request(method, f"/v1/loras/{item.id}", headers={"x-owner": "bruno"})
+    known = {"if-none-match": f'"{item.sha256}"'}
+    for method, rest in (("GET", ""), ("DELETE", ""), ("GET", "/file")):
+        answer = http.request(method, f"/v1/loras/{item.id}{rest}", headers={"x-owner": "bruno", **known})
         assert (answer.status_code, answer.json()["code"]) == (404, "lora_not_found")
-        nobodys = http.request(method, f"/v1/loras/lora_{'0' * 24}")
+        nobodys = http.request(method, f"/v1/loras/lora_{'0' * 24}{rest}")
         assert nobodys.json() | {"detail": "", "details": {}} == answer.json() | {"detail": "", "details": {}}
     assert http.get("/v1/loras", headers={"x-owner": "bruno"}).json() == {"data": []}
     assert mine.list().data == [item]
@@ -87,6 +92,119 @@ def test_another_owners_lora_is_not_there(http: httpx.Client, mine: Loras) -> No
 @pytest.mark.parametrize("id", ["x", "lora_", "%00", "..%2f..", "lora_" + "f" * 5000])
 def test_ids_that_are_none_are_not_found(http: httpx.Client, id: str) -> None:
     assert http.get(f"/v1/loras/{id}").status_code == http.delete(f"/v1/loras/{id}").status_code == 404
+    assert http.get(f"/v1/loras/{id}/file").status_code == 404
+
+
+def test_what_stands_behind_the_address_is_not_passed_over(http: httpx.Client, mine: Loras) -> None:
+    item = mine.add(KOHYA)
+    one = f"/v1/loras/{item.id}"
+    for method, path in (("GET", "/v1/loras"), ("GET", one), ("GET", f"{one}/file"), ("DELETE", one)):
+        answer = http.request(method, path, params={"owner": "bruno"})
+        assert (answer.status_code, answer.json()["code"], answer.json()["param"]) == (422, "invalid_request", "owner")
+    assert mine.list().data == [item]
+
+
+def test_the_file_comes_back_as_it_went_up(http: httpx.Client, mine: Loras, tmp_path: Path) -> None:
+    item = mine.add(ADA, name='Ada "at sea"/ü')
+    answer = http.get(f"/v1/loras/{item.id}/file")
+    assert (answer.content, answer.headers["content-length"]) == (ADA, str(len(ADA)))
+    assert answer.headers["content-type"] == "application/octet-stream" and answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["etag"] == f'"{sha256(ADA).hexdigest()}"' and answer.headers["cache-control"] == "private, no-cache"
+    disposition = "attachment; filename=\"Ada _at sea___.safetensors\"; filename*=UTF-8''Ada%20_at%20sea__%C3%BC.safetensors"
+    assert answer.headers["content-disposition"] == disposition
+    again = http.get(f"/v1/loras/{item.id}/file", headers={"if-none-match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    (file,) = kept(tmp_path / "files")
+    file.unlink()
+    assert http.get(f"/v1/loras/{item.id}/file").json()["code"] == "missing_weights"
+    mine.delete(item.id)
+    assert http.get(f"/v1/loras/{item.id}/file").json()["code"] == "lora_not_found"
+
+
+def test_a_file_that_is_gone_when_it_is_opened_is_no_answer_that_breaks_off(tmp_path: Path) -> None:
+    """Deleted by another request in between it is not there; where the store's folder is not seen, the operator has to act."""
+    server = LoraServer("flux1-mini", StoreSettings(url=f"sqlite:///{tmp_path / 'likeness.db'}", folder=tmp_path / "files"))
+
+    happens: list[Callable[[], object]] = []
+
+    class Meanwhile(LorasOnly):
+        """Once the path was told, something happens."""
+
+        async def lora(self, method: str, *args: Any) -> Any:
+            found = await super().lora(method, *args)
+            if method == "path":
+                await asyncio.to_thread(happens[0])
+            return found
+
+    def unseen() -> None:
+        for file in kept(tmp_path / "files"):
+            file.unlink()
+
+    def deleted() -> None:
+        server.delete(item.id, EVERYBODY)
+
+    app = api(cast(Calls, Meanwhile(server)), LIMIT, LIMIT)
+    with Client(URL, transport=httpx.ASGITransport(app, raise_app_exceptions=False)) as client:
+        for content, between, error in ((KOHYA, unseen, StoreUnavailable), (ADA, deleted, LoraNotFound)):
+            item, happens[:] = client.loras.add(content), [between]
+            with pytest.raises(error, match=item.id):
+                client.loras.download(item.id)
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("ada", "ada"), ("ada.safetensors", "ada"), ("../../etc/passwd", "_.._etc_passwd"), ("C:\\loras\\ada", "C__loras_ada"),
+        ("..", "unnamed"), (".ada", "ada"), ("ada\u202egpj", "ada_gpj"), ("ä" * 200, "ä" * 90), ("x" * 200, "x" * 180),
+        ("Ada, 50 %", "Ada, 50 %"),
+    ],
+)  # fmt: skip
+def test_files_are_called_as_any_folder_takes_it(name: str, called: str) -> None:
+    assert file_name(name, ".safetensors") == f"{called}.safetensors"
+    header = attachment(f"{called}.safetensors")
+    assert header.isascii() and header.count('"') == 2
+
+
+def test_a_download_is_bytes_or_a_file_and_tells_how_far_it_is(app: FastAPI, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    with over_a_socket(app) as url, Client(url) as client:
+        item = client.loras.add(ADA, name="Ada")
+        assert client.loras.download(item.id, progress=lambda done, total: told.append((done, total))) == ADA
+        assert told == sorted(told) and told[-1] == (len(ADA), len(ADA)) and len(told) > 1
+        file, folder = tmp_path / "new" / "her.safetensors", tmp_path / "folder"
+        assert client.loras.download(item.id, file) == file and file.read_bytes() == ADA
+        file.write_bytes(b"another")
+        assert client.loras.download(item.id, file) == file and file.read_bytes() == ADA
+        assert client.loras.download(item.id, folder) == folder / "Ada.safetensors"
+        assert kept(folder) == [folder / "Ada.safetensors"] and kept(tmp_path / "new") == [file]
+        with pytest.raises(InvalidRequest, match="cannot be written"):
+            client.loras.download(item.id, file / "within.safetensors")
+        for path in (None, tmp_path / "none.safetensors", tmp_path / "none"):
+            with pytest.raises(LoraNotFound):
+                client.loras.download(f"lora_{'0' * 24}", path)
+        assert not (tmp_path / "none").exists() and not list(tmp_path.glob("none*"))
+
+
+def test_a_download_that_is_cut_off_leaves_what_was_there(app: FastAPI, tmp_path: Path) -> None:
+    async def breaking(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            await send(message)
+            if scope["path"].endswith("/file") and message["type"] == "http.response.body":
+                raise OSError("The cable is out.")
+
+        await app(scope, receive, sending)
+
+    folder = tmp_path / "loras"
+    path = folder / "ada.safetensors"
+    folder.mkdir()
+    path.write_bytes(b"what was there")
+    with over_a_socket(breaking) as url, Client(url) as client:
+        item = client.loras.add(ADA)
+        told: list[int] = []
+        with pytest.raises(ServerUnreachable):
+            client.loras.download(item.id, path, progress=lambda done, total: told.append(done))
+    assert 0 < told[-1] < len(ADA) and kept(folder) == [path] and path.read_bytes() == b"what was there"
 
 
 def test_what_is_no_lora_for_this_model_is_told_with_its_keys(mine: Loras, tmp_path: Path) -> None:
@@ -157,9 +275,13 @@ def test_the_asynchronous_client_does_the_same(app: FastAPI, tmp_path: Path) -> 
             mine = AsyncLoras(client._http)
             item = await mine.add(path)
             assert (await mine.list()).data == [item] and await mine.get(item.id) == item
+            assert await mine.download(item.id) == ADA
+            copy = await mine.download(item.id, tmp_path / "copies")
+            assert copy == tmp_path / "copies" / "ada.safetensors" and copy.read_bytes() == ADA
             assert (await mine.delete(item.id)).deleted
-            with pytest.raises(LoraNotFound):
-                await mine.get(item.id)
+            for gone in (mine.get, mine.download):
+                with pytest.raises(LoraNotFound):
+                    await gone(item.id)
 
     asyncio.run(run())
 
@@ -187,3 +309,5 @@ def test_the_documentation_says_what_goes_up(http: httpx.Client) -> None:
     form, body = content["multipart/form-data"]["schema"], content["application/json"]["schema"]
     assert form["required"] == ["file"] and set(body["required"]) == {"file", "name"}
     assert json.dumps(paths["/v1/loras/{id}"]["delete"]["responses"]).count("Problem")
+    answers = paths["/v1/loras/{id}/file"]["get"]["responses"]
+    assert list(answers["200"]["content"]) == ["application/octet-stream"] and "404" in answers
