@@ -26,8 +26,9 @@ from deployments.store.characters import CharacterStore
 from deployments.store.job_values import JobInfo, Lease
 from deployments.store.jobs import JobStore
 from deployments.store.provisional import Provisional
+from deployments.weights import models_root
 from training.orders import TrainingOrder, dataset_folder, given
-from training.pathless import pathless, pathless_error
+from training.pathless import for_callers, pathless
 from training.registry import Choice, Registered, Registry
 from training.tasks import DATASET as CURATED
 from training.tasks import TrainingProgress, TrainingResult, TrainingTask, prepared
@@ -66,18 +67,16 @@ class TrainingExecutor:
         order = TrainingOrder.model_validate(job.input)
         folder = self.root / job.id
         try:
-            pictures = await asyncio.to_thread(self._prepared, lease, order, folder)
-            result = await self.trainings.follow(job.id, folder, lambda progress: report(_told(progress)))
-            return await self._finished(job, order, folder, pictures, result, report)
+            with for_callers(job.id, self._roots):
+                pictures = await asyncio.to_thread(self._prepared, lease, order, folder)
+                result = await self.trainings.follow(job.id, folder, lambda progress: report(_told(progress)))
+                return await self._finished(job, order, folder, pictures, result, report)
         except asyncio.CancelledError:
             await self._left(job, folder)
             raise
-        except Exception as error:
+        except Exception:
             await self._forgotten(job)
-            told = self._for_callers(job, error)
-            if told is None:
-                raise
-            raise told from error
+            raise
 
     async def sweep(self) -> None:
         """Stops trainings whose jobs have ended or are gone, and removes what is left of such: their folders, Ray's records, and what they
@@ -158,17 +157,11 @@ class TrainingExecutor:
         except (LikenessError, JobNotFound) as error:
             _LOG.warning("%s: the sweep will see to what is left of it: %s", job.id, error)
 
-    def _for_callers(self, job: JobInfo, error: Exception) -> LikenessError | None:
-        """The one border between what errors say on the server and what callers are told; None where that may be the same."""
-        inner = getattr(error, "cause", None) or error  # as Ray wraps it
-        if not isinstance(inner, LikenessError) or (told := pathless_error(inner, self._roots)) is inner:
-            return None
-        _LOG.warning("%s: %s", job.id, inner)
-        return told
-
     @property
     def _roots(self) -> tuple[Path, ...]:
-        return (self.root,) if self.datasets is None else (self.root, self.datasets)
+        """The store's folder, around ours, and what else errors may name."""
+        roots = self.root.parent, models_root()
+        return roots if self.datasets is None else (*roots, self.datasets)
 
     async def _forgotten(self, job: JobInfo) -> None:
         try:

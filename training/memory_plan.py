@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -29,7 +30,12 @@ _MISCELLANEOUS = 1.5e9
 _LEFT_TO_OTHERS = 0.15
 """Of a machine's memory, what a training on its CPU leaves to whoever else is there. Ray kills processes from 95 % on, and might choose one
 that serves; ten more are for what serving takes while it draws, and for files that it has mapped (weights), which count as available."""
-_MEMINFO = Path("/proc/meminfo")
+_GROUPS = (
+    ("", "sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
+"""Where limits of containers stand, for control groups of version 2 and of version 1: the controller in /proc/self/cgroup, the folder of
+all groups, what one may have, what it has, and what the names of a group with all below it begin with in `memory.stat`."""
 
 
 @dataclass(frozen=True)
@@ -115,17 +121,41 @@ def _said(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {list(value) if isinstance(value, tuple) else value}" for name, value in changes.items())
 
 
-def free_bytes(device: torch.device, meminfo: Path = _MEMINFO) -> int | None:
-    """What may be taken: of a GPU all that is free, of the machine what is available beyond the share that is left to others. None where it
-    is not told."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
+    """What may be taken: of a GPU all that is free, of the machine, or of the container in it, what is available beyond the share that is
+    left to others. None where it is not told. root: where `proc` and `sys` are."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = root / "proc/meminfo"
     if not meminfo.is_file():
         return None
     told = {name: int(kib) * 1024 for name, kib in re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)}
     if len(told) < 2:
         return None
-    return max(told["MemAvailable"] - round(_LEFT_TO_OTHERS * told["MemTotal"]), 0)
+    limits = [(told["MemTotal"], told["MemAvailable"]), *_limits(root)]
+    total, available = min(limit for limit, _ in limits), min(left for _, left in limits)
+    return max(available - round(_LEFT_TO_OTHERS * total), 0)
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Of each control group around this process that has a limit: (limit, what is left of it). Files that are only cached count as left,
+    as in MemAvailable."""
+    groups = root / "proc/self/cgroup"
+    lines = [line.split(":", 2) for line in groups.read_text().splitlines()] if groups.is_file() else []
+    own = {controllers: path for _, controllers, path in lines}
+    for controller, folder, most, used, prefix in _GROUPS:
+        # Inside a container its own group may be the uppermost that is seen, whatever it is called outside.
+        group = PurePosixPath(own.get(controller, "/"))
+        for path in (group, *group.parents):
+            yield from _limit(root / folder / str(path).lstrip("/"), most, used, prefix)
+
+
+def _limit(group: Path, most: str, used: str, prefix: str) -> Iterator[tuple[int, int]]:
+    with suppress(OSError, ValueError):  # there is no such group here, or "max"
+        limit, taken = int((group / most).read_text()), int((group / used).read_text())
+        stat = group / "memory.stat"
+        cached = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", stat.read_text() if stat.is_file() else "", re.MULTILINE)
+        yield limit, limit - taken + sum(map(int, cached))
 
 
 def _blocks(transformer: Any) -> int:

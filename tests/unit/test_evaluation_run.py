@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,25 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(bench: Bench, tmp_path: Pat
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert len(lines) == 1 + 5 + 14 and "closeup_pa" not in {line.split(",")[3] for line in lines}
     assert len({row.key for row in found.rows}) == 18
+
+
+def test_a_file_of_before_memory_was_measured_goes_on(done: Evaluation, bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(done.folder, folder)
+    path = folder / "scores.csv"
+    new = path.read_text()
+    with path.open(newline="") as stream:
+        lines = [{name: value for name, value in line.items() if name != "peak_bytes"} for line in csv.DictReader(stream)]
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines[:-1])
+        stream.write("Ada,F,base,closeup_pa")  # and the machine went down
+    service = Renderer()
+    found = evaluate(_plan(), [_ada()], service.draw, folder, bench)
+    assert found.drawn == len(service.asked) == 1 and len(found.rows) == 18
+    assert path.read_text().splitlines()[:-1] == new.splitlines()[:-1] and len(path.read_text().splitlines()) == 19
+    assert not list(folder.glob("*.part"))
 
 
 def test_what_is_asked_otherwise_is_drawn_again(bench: Bench, tmp_path: Path) -> None:

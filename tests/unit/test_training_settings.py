@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,54 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     assert (free_bytes(torch.device("cpu")) or GB) > 0
 
 
+def _machine(root: Path, available: float, files: Mapping[str, str] | None = None) -> int | None:
+    """What may be taken on a machine of ten million KiB, of which millions are available."""
+    meminfo = f"MemTotal:       10000000 kB\nMemFree:  1 kB\nMemAvailable:    {round(available * 1e6)} kB\n"
+    for name, content in ({"proc/meminfo": meminfo} | dict(files or {})).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return free_bytes(torch.device("cpu"), root)
+
+
 @pytest.mark.parametrize(("available", "taken"), [(8.0, 6.5), (1.5, 0.0), (0.5, 0.0)])
 def test_on_the_machines_own_memory_a_share_stays_for_who_serves(tmp_path: Path, available: float, taken: float) -> None:
-    """Of ten million KiB."""
-    told = tmp_path / "meminfo"
-    told.write_text(f"MemTotal:       10000000 kB\nMemFree:  1 kB\nMemAvailable:    {round(available * 1e6)} kB\n")
-    assert free_bytes(torch.device("cpu"), told) == pytest.approx(taken * 1e6 * 1024, abs=1024)
-    told.write_text("MemFree:  1 kB\n")
-    assert free_bytes(torch.device("cpu"), told) is None
+    assert _machine(tmp_path, available) == pytest.approx(taken * 1e6 * 1024, abs=1024)
+    (tmp_path / "proc/meminfo").write_text("MemFree:  1 kB\n")
+    assert free_bytes(torch.device("cpu"), tmp_path) is None
+
+
+GROUP, OWN = "sys/fs/cgroup", {"proc/self/cgroup": "0::/pods/one\n"}
+LIMITED = {f"{GROUP}/memory.max": "2000000000\n", f"{GROUP}/memory.current": "1500000000\n"}
+CACHED = {f"{GROUP}/memory.stat": "anon 7\ninactive_file 300000000\nactive_file 100000000\nshmem 9\n"}
+WITHIN = {name.replace(GROUP, f"{GROUP}/pods/one"): content for name, content in LIMITED.items()}
+UNLIMITED = {f"{GROUP}/pods/memory.max": "max\n", f"{GROUP}/pods/memory.current": "8000000000\n"}
+OLD = {
+    "proc/self/cgroup": "12:cpu,cpuacct:/\n4:memory:/docker/one\n0::/\n",
+    f"{GROUP}/memory/docker/one/memory.limit_in_bytes": "2000000000\n",
+    f"{GROUP}/memory/docker/one/memory.usage_in_bytes": "1500000000\n",
+    f"{GROUP}/memory/docker/one/memory.stat": "active_file 9\ntotal_inactive_file 300000000\ntotal_active_file 100000000\n",
+    f"{GROUP}/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    f"{GROUP}/memory/memory.usage_in_bytes": "8000000000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        (LIMITED, 0.2),  # 2.0 less 1.5, less 15 % of 2.0
+        (LIMITED | CACHED, 0.6),
+        (OWN | WITHIN | UNLIMITED, 0.2),
+        (OWN | {f"{GROUP}/memory.max": "9000000000\n", f"{GROUP}/memory.current": "0\n"} | WITHIN, 0.2),
+        (OLD, 0.6),
+    ],
+)
+def test_in_a_container_its_own_limit_counts(tmp_path: Path, files: Mapping[str, str], taken: float) -> None:
+    assert _machine(tmp_path, 8.0, files) == pytest.approx(taken * 1e9, abs=1)
+
+
+def test_a_limit_above_the_machine_is_none(tmp_path: Path) -> None:
+    files = {f"{GROUP}/memory.max": "90000000000\n", f"{GROUP}/memory.current": "1\n"} | OWN | UNLIMITED
+    assert _machine(tmp_path, 8.0, files) == pytest.approx(6.5e6 * 1024, abs=1024)
 
 
 @pytest.mark.parametrize("kind", [NotEnoughMemory, TrainingDiverged])

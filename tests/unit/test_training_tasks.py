@@ -18,7 +18,6 @@ from deployments.errors import InvalidCatalog, InvalidRequest, LikenessError, No
 from tests.planted_folder import png
 from training.deaths import MOST, refuse_the_third
 from training.job import _heeded_while_it_waits, main
-from training.pathless import pathless, pathless_error
 from training.placement import Placement, load_placements, placement_of, pool_of
 from training.ray_jobs import Submission, next_name, submission_of
 from training.settings import preset
@@ -174,18 +173,6 @@ def test_what_never_began_or_was_told_to_go_has_not_died() -> None:
     ends = {None: False, 3: False, 1: True, -9: True, 0: True}
     assert {code: Submission("job_1-1", "FAILED", "", code).died for code in ends} == ends
     assert not Submission("job_1-1", "RUNNING", "", None).died
-
-
-def test_callers_are_told_no_folder_of_the_server(tmp_path: Path) -> None:
-    root = tmp_path / "my store" / "trainings"
-    error = InvalidRequest(f"{root}/job_1/dataset/a.png is torn.", "See '/srv/models/b.safetensors'.", {"file": f"{root}/x", "n": 3})
-    told = pathless_error(error, [root])
-    assert type(told) is InvalidRequest and (told.message, told.remedy) == ("…/job_1/dataset/a.png is torn.", "See '…/b.safetensors'.")
-    assert told.details == {"file": "…/x", "n": 3}
-    plain = "Ask GET /v1/jobs at http://host:80/a/b for `/flux-pulid`, an image/png of 3/4 in `images/0`."
-    assert pathless(plain, [root]) == plain
-    whole = LikenessError(plain)
-    assert pathless_error(whole, [root]) is whole
 
 
 @pytest.mark.parametrize("name", [CANCEL, STOPPING])

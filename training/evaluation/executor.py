@@ -22,11 +22,13 @@ from deployments.job_runner import Finished, Report
 from deployments.store.characters import CharacterStore
 from deployments.store.job_values import JobInfo, Lease
 from deployments.store.jobs import JobStore
+from deployments.weights import models_root
 from training.evaluation.cases import MOST_REFERENCES, Subject
 from training.evaluation.run import Evaluation, evaluate
 from training.evaluation.service import Service, asked
 from training.evaluation.summary import files, write
 from training.orders import EvaluationOrder, given
+from training.pathless import for_callers
 
 FOLDER = "evaluations"
 _MEDIA = {".png": "image/png", ".json": "application/json", ".csv": "text/csv", ".md": "text/markdown"}
@@ -46,6 +48,10 @@ class EvaluationExecutor:
     faces: FaceSettings
 
     async def __call__(self, lease: Lease, report: Report) -> Finished:
+        with for_callers(lease.job.id, (self.root.parent, models_root())):  # the store's folder is around ours
+            return await self._evaluated(lease, report)
+
+    async def _evaluated(self, lease: Lease, report: Report) -> Finished:
         job, began = lease.job, time.monotonic()
         order = EvaluationOrder.model_validate(job.input)
         pictures = await asyncio.to_thread(self.store.pictures, lease)

@@ -1,7 +1,8 @@
 """One row a picture, in a CSV file that survives whatever stops the evaluation. Knows no model and no statistics.
 
 A row is appended whole by one write and brought to the disk, after its picture; half a row, of a machine that went down, is cut off when
-the file is opened again. So a second run draws what is missing and nothing twice.
+the file is opened again. So a second run draws what is missing and nothing twice. A file of before `peak_bytes` was measured is given that
+column when it is opened.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Self, cast, get_args
+from uuid import uuid4
 
 from deployments.errors import InvalidRequest
+from deployments.store.durable import placed
 from training.evaluation.cases import Key
 from training.evaluation.likeness import Measured
 from training.evaluation.plan import Framing
@@ -26,8 +29,9 @@ _TURNED_TO: Final = 40.0
 """Degrees, up to which recognisers are commonly trusted (lora-dataset-studio, docs/guide/settings-reference.md)."""
 _MEASURED: Final = tuple(Measured.__dataclass_fields__)
 _WHOLE: Final = frozenset({"faces", "nearest_reference"})
+_LATER: Final = "peak_bytes"
 _FIXED: Final = (
-    "subject", "sex", "configuration", "prompt", "framing", "seed", "asked", *_MEASURED, "seconds", "models", "picture", "peak_bytes",
+    "subject", "sex", "configuration", "prompt", "framing", "seed", "asked", *_MEASURED, "seconds", "models", "picture", _LATER,
 )  # fmt: skip
 
 
@@ -106,10 +110,19 @@ class RowFile:
             return []
         with self._path.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream)
-            if tuple(reader.fieldnames or ()) != self._columns:
-                message = f"{self._path} has other columns than this evaluation writes."
-                raise InvalidRequest(message, "Choose another folder, or the plan and the measures that it was begun with.")
-            return [_row(line, self._measures) for line in reader]
+            columns, lines = tuple(reader.fieldnames or ()), list(reader)
+        if columns == tuple(column for column in self._columns if column != _LATER):
+            lines = [line | {_LATER: ""} for line in lines]
+            self._rewrite(lines)
+        elif columns != self._columns:
+            message = f"{self._path} has other columns than this evaluation writes."
+            raise InvalidRequest(message, "Choose another folder, or the plan and the measures that it was begun with.")
+        return [_row(line, self._measures) for line in lines]
+
+    def _rewrite(self, lines: Iterable[Mapping[str, str]]) -> None:
+        """Every row in our columns, whole or not at all."""
+        texts = [_line(self._columns), *(_line(line[column] for column in self._columns) for line in lines)]
+        placed(self._path.with_name(f"{self._path.name}.{uuid4().hex}.part"), "".join(texts).encode(), self._path)
 
     def _values(self, row: Row) -> list[Any]:
         own: dict[str, Any] = {
