@@ -71,9 +71,11 @@ async def form_of(request: Request, max_files: int, max_text_bytes: int) -> Asyn
 class _Parser(MultiPartParser):
     """Starlette's bounds each text; this one all of them."""
 
+    _texts = 0
+
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._current_part.file is None:
-            self._texts = getattr(self, "_texts", 0) + end - start
+            self._texts += end - start
             if self._texts > self.max_part_size:
                 raise TooLarge(f"The form has more than {self.max_part_size} bytes of text.", "Send its pictures as files, not as text.")
         super().on_part_data(data, start, end)

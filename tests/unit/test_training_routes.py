@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from fastapi import Request
+from fastapi import FastAPI, Request
 from pydantic import ValidationError
 
 from deployments.errors import InvalidImage, InvalidRequest, TooLarge
@@ -56,6 +56,7 @@ class House:
     loras: LoraStore
     settings: AppSettings
     client: Client
+    app: FastAPI
 
     def post(self, path: str, owner: str = "ada", headers: Mapping[str, str] | None = None, **body: Any) -> httpx.Response:
         return self.client._http.post(path, json=body, headers={"x-owner": owner, **(headers or {})})
@@ -93,7 +94,7 @@ def standing(tmp_path: Path, urls: UrlPolicy | None = None) -> Iterator[House]:
         return await call_next(request)
 
     with Client("http://likeness.local", transport=httpx.ASGITransport(app), headers={"x-owner": "ada"}) as client:
-        yield House(jobs, characters, loras, settings, client)
+        yield House(jobs, characters, loras, settings, client, app)
     for opened_store in (jobs, characters, loras):
         opened_store.close()
 
@@ -352,7 +353,27 @@ def test_a_form_and_json_under_one_key_are_one_job(house: House) -> None:
     form = house.client.training.submit(**said, images=[ADA])
     again = house.post(TRAININGS, **said, images=[PICTURE])
     assert (again.status_code, again.json()["id"]) == (200, form.id)
-    other = house.post(TRAININGS, **said, images=[PICTURE, PICTURE])
+    others: list[dict[str, Any]] = [
+        {"name": None, "settings": {"steps": 7}},  # the SDK leaves null out
+        {"class_word": "person", "blur_others": False, "image_urls": None},  # defaults, said aloud
+        {"job_id": None, "headers": {"idempotency-key": "7"}},
+        {"images": [data_uri(ADA)]},
+    ]
+    for other in others:
+        again = house.post(TRAININGS, **(said | {"images": [PICTURE]} | other))
+        assert (again.status_code, again.json().get("id")) == (200, form.id), (other, again.text)
+    for other in ({"images": [PICTURE, PICTURE]}, {"select": True}, {"settings": {}}, {"webhook_url": "https://example.com/"}):
+        again = house.post(TRAININGS, **(said | {"images": [PICTURE]} | other))
+        assert (again.status_code, again.json()["code"]) == (409, "idempotency_conflict"), other
+
+
+def test_an_evaluation_says_the_same_with_and_without_its_defaults(house: House) -> None:
+    mine: dict[str, Any] = {"name": "mine", "label": "mine", "fields": {"workflow": "flux-pulid"}}
+    asked: dict[str, Any] = {"images": [PICTURE], "job_id": "7"}
+    first = house.post(EVALUATIONS, **asked, configurations=[mine])
+    again = house.post(EVALUATIONS, **asked, configurations=[mine | {"lora_scale": 1, "uses": []}], plan=None, noun="person", held_out=None)
+    assert (first.status_code, again.status_code) == (202, 200), (first.text, again.text)
+    other = house.post(EVALUATIONS, **asked, configurations=[mine | {"lora_scale": 0.5}])
     assert (other.status_code, other.json()["code"]) == (409, "idempotency_conflict")
 
 
