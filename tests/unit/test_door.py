@@ -278,7 +278,7 @@ def test_what_one_key_has_is_not_there_for_another(url: str, tmp_path: Path) -> 
         with httpx.Client(transport=Bridge(httpx.ASGITransport(door)), base_url="http://likeness.local") as http:
             lora = http.post("/v1/loras", files={"file": ("ada.safetensors", KOHYA)}, headers=ada).json()["id"]
             ids = {"/v1/loras/{id}": lora}
-            assert assert_isolated(app, http, ids, ada, bruno, faces) == 2
+            assert assert_isolated(app, http, ids, ada, bruno, faces) == 3
             assert http.get("/v1/loras", headers=bruno).json() == {"data": []}
             with pytest.raises(AssertionError, match="answers another owner with 200"):
                 assert_isolated(app, http, ids, ada, ada)
