@@ -384,3 +384,11 @@ class InvalidCatalog(LikenessError):
 
     code = "invalid_catalog"
     advice = "Correct the file that is named."
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What Ray carried from one process to another, without its wrapping, which may lie around it several times. (The wrapping of an error
+    of ours is a subclass of it, without its docstring.)"""
+    while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
+        error = cause
+    return error

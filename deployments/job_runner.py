@@ -23,7 +23,16 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.contracts import PictureProgress, WorkProgress
-from deployments.errors import Cancelled, LikenessError, ModeratedInput, ModeratedOutput, QueueFull, ReplicaLost, StoreUnavailable
+from deployments.errors import (
+    Cancelled,
+    LikenessError,
+    ModeratedInput,
+    ModeratedOutput,
+    QueueFull,
+    ReplicaLost,
+    StoreUnavailable,
+    unwrapped,
+)
 from deployments.store.job_values import JobInfo, Lease
 from deployments.store.jobs import KEEP_S, JobStore, Within
 from deployments.webhooks import WebhookSettings
@@ -350,8 +359,7 @@ def _noted(event: PictureProgress | WorkProgress) -> dict[str, Any]:
 
 def told(error: BaseException) -> tuple[LikenessError, bool]:
     """What went wrong, and whether another attempt may do better. Ray's own errors are told by name, so that this file needs no Ray."""
-    while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
-        error = cause
+    error = unwrapped(error)
     if isinstance(error, LikenessError) and not isinstance(error, Cancelled):
         return error, error.retryable
     kinds = {kind.__name__ for kind in type(error).__mro__}

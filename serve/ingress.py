@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from deployments import metrics
-from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull, ReplicaLost, TooLarge
+from deployments.errors import Cancelled, InvalidRequest, LikenessError, QueueFull, ReplicaLost, TooLarge, unwrapped
 from serve.answers import AnalyzeResponse, CompareResponse, GenerateResponse, ModelsResponse, WorkflowsResponse
 from serve.attachments import PICTURE_FIELDS
 from serve.bodies import MULTIPART, counted, form_of, media_of, refuse_query
@@ -117,7 +117,7 @@ def api(
     """The application. max_body_bytes: of a request; max_lora_bytes: of a LoRA's file; max_set_bytes: of a form with the pictures of a
     training or an evaluation; more is refused while it is read. owner_of: whose things a request is about; raises where nobody's. jobs,
     characters, training: without them their routes are not there. room: how many may wait for their picture here, which is counted again
-    behind `calls`; whom that would refuse is refused here, for a tenth of the work."""
+    behind `calls`: whom that would refuse is refused here, before any handle is called."""
     # No redirects: where to is taken from the header Host, which is whatever a caller says.
     app = Application(
         title="Likeness", description="Pictures of the same person, again and again.", version="1", redoc_url=None, redirect_slashes=False
@@ -281,9 +281,7 @@ async def _answer(request: Request, error: BaseException) -> Response:
 def told(error: BaseException) -> LikenessError:
     """What a caller is told: the error itself where it is ours, unwrapped as often as it crossed a deployment; Ray's own by name, so that
     this file needs no Ray; anything else is a fault of ours, which goes to the log and is told without its insides."""
-    # Also where it is one of ours already: Ray's wrapping is a subclass of what it wraps, without its docstring.
-    while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
-        error = cause
+    error = unwrapped(error)  # also where it is one of ours already
     if isinstance(error, LikenessError):
         return error
     if isinstance(error, RequestValidationError):

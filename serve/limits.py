@@ -88,10 +88,11 @@ class UnderWay:
 
 
 class Room:
-    """Requests that are drawn or wait for it, as far as one process knows of them."""
+    """Places for requests that one process knows of, by default those that are drawn or wait for it."""
 
-    def __init__(self, places: int) -> None:
-        self._places, self._inside = places, 0
+    def __init__(self, places: int, what: str = "requests are being drawn or wait; no more may.") -> None:
+        """what: the error's words behind how many there are."""
+        self._places, self._what, self._inside = places, what, 0
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -104,9 +105,9 @@ class Room:
             self._inside -= 1
 
     def refuse_full(self) -> None:
-        """Raises QueueFull where no more may wait."""
+        """Raises QueueFull where no place is left."""
         if self._inside >= self._places:
-            raise QueueFull(f"{self._inside} requests are being drawn or wait; no more may.")
+            raise QueueFull(f"{self._inside} {self._what}")
 
 
 class Sets:
@@ -115,20 +116,15 @@ class Sets:
 
     def __init__(self, most: int, of_owner: int) -> None:
         """most: at once; of_owner: of one owner's."""
-        self._most, self._of_owner = most, of_owner
-        self._owners, self._inside = UnderWay(), 0
+        self._of_owner, self._owners = of_owner, UnderWay()
+        self._room = Room(most, "requests that may bring sets of pictures are being taken in; no more may at once.")
 
     @contextmanager
     def one(self, owner: str) -> Iterator[None]:
         """One more, for the length of the context. Raises QuotaExceeded for the owner's, QueueFull for everybody's."""
-        with self._owners.one(owner, self._of_owner, "requests of yours that may bring sets of pictures are being taken in"):
-            if self._inside >= self._most:
-                raise QueueFull(f"{self._most} requests that may bring sets of pictures are being taken in; no more may at once.")
-            self._inside += 1
-            try:
-                yield
-            finally:
-                self._inside -= 1
+        own = self._owners.one(owner, self._of_owner, "requests of yours that may bring sets of pictures are being taken in")
+        with own, self._room.one():
+            yield
 
 
 class SlowBody(LikenessError):

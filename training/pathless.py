@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from deployments.errors import LikenessError
+from deployments.errors import LikenessError, unwrapped
 
 _LOG = logging.getLogger("likeness.jobs")
 _PART = r"[^\s/\"'`,;:()<>\[\]{}\\]+"
@@ -45,9 +45,7 @@ def for_callers(job: str, roots: Collection[Path]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        inner: BaseException = error
-        while isinstance(cause := getattr(inner, "cause", None), BaseException) and cause is not inner:  # as Ray wraps it
-            inner = cause
+        inner = unwrapped(error)
         if not isinstance(inner, LikenessError) or (told := pathless_error(inner, roots)) is inner:
             raise
         _LOG.warning("%s: %s", job, inner)
