@@ -97,7 +97,7 @@ def curated(folder: Path) -> tuple[list[Example], str]:
 
     dataset = read_dataset(folder)
     found = [
-        Example(folder / picture.file, picture.caption, None if picture.mask is None else folder / picture.mask)
+        Example(folder / picture.file, picture.caption, None if picture.mask is None else folder / picture.mask, picture.face)
         for picture in dataset.pictures
     ]
     return found, dataset.trigger
@@ -126,7 +126,7 @@ def _encoded(
     moments = MomentsCache(cache / "latents", base.vae, base.vae_revision())
     data = prepare(
         examples, captions, moments, resolutions=settings.resolutions, divisor=divisor_of(base.vae_config), max_length=base.text_tokens,
-        mask_weight=settings.mask_weight, held_out=settings.held_out, trigger_word=trigger_word, told=told,
+        mask_weight=settings.mask_weight, face_share=settings.face_share, held_out=settings.held_out, trigger_word=trigger_word, told=told,
     )  # fmt: skip
     return data, captions.encode(settings.sample_prompts, base.text_tokens) if settings.sample_every else None
 

@@ -37,13 +37,14 @@ Told = Callable[[str, int, int], None]
 class Example:
     """One picture (PNG, JPEG, WebP) to train on. caption: with the trigger word in it.
 
-    mask: a grey picture of the same size, 255 where everything counts, darker where less does. prior: it shows the class and not the
-    subject, and keeps the model from forgetting what others look like.
+    mask: a grey picture of the same size, 255 where everything counts, darker where less does. face: the subject's, (left, top, right,
+    bottom) in pixels. prior: it shows the class and not the subject, and keeps the model from forgetting what others look like.
     """
 
     picture: Path
     caption: str
     mask: Path | None = None
+    face: tuple[float, float, float, float] | None = None
     prior: bool = False
 
 
@@ -134,6 +135,7 @@ def prepare(
     divisor: int,
     max_length: int,
     mask_weight: float,
+    face_share: float = 0.0,
     held_out: int = 0,
     trigger_word: str = "",
     told: Told = lambda what, done, of: None,
@@ -151,7 +153,9 @@ def prepare(
     digest = hashlib.sha256()
     for number, example in enumerate(examples):
         told("pictures", number, len(examples))
-        items[number in kept_out] += _items(example, rows[example.caption], cache, resolutions, divisor, mask_weight, digest.update)
+        items[number in kept_out] += _items(
+            example, rows[example.caption], cache, resolutions, divisor, mask_weight, face_share, digest.update
+        )
     cache.close()
     told("captions", 0, len(rows))
     prompts = captions.encode([*rows, ""], max_length)
@@ -159,8 +163,9 @@ def prepare(
 
 
 def _items(
-    example: Example, caption: int, cache: MomentsCache, resolutions: Sequence[int], divisor: int, mask_weight: float, seen: Any
-) -> list[Item]:
+    example: Example, caption: int, cache: MomentsCache, resolutions: Sequence[int], divisor: int, mask_weight: float, face_share: float,
+    seen: Any,
+) -> list[Item]:  # fmt: skip
     try:
         content = example.picture.read_bytes()
         mask = None if example.mask is None else example.mask.read_bytes()
@@ -169,12 +174,16 @@ def _items(
         raise InvalidImage(f"{example.picture.name} cannot be read: {error}") from error
     except InvalidImage as error:
         raise InvalidImage(f"{example.picture.name}: {error.message}") from error
-    for part in (content, mask or b"", example.caption.encode(), b"prior" if example.prior else b""):
+    face = None if example.face is None or not face_share else example.face
+    parts = [content, mask or b"", example.caption.encode(), b"prior" if example.prior else b""]
+    for part in parts if face is None else [*parts, str(face).encode()]:
         seen(hashlib.sha256(part).digest())
     found = []
     for place in places_of(*picture.size, resolutions, divisor):
         mean, std = cache.moments(content, place)
         weights = None if mask is None else token_weights(_cut(_opened(mask).convert("L"), place), mean.shape, mask_weight)
+        if face is not None:
+            weights = face_weights(_cut(_painted(face, picture.size), place), mean.shape, face_share, weights)
         found.append(Item(place.bucket, mean, std, weights, caption, example.prior))
     return found
 
@@ -182,9 +191,36 @@ def _items(
 def token_weights(mask: np.ndarray[Any, np.dtype[np.uint8]], latent: Sequence[int], least: float) -> Tensor:
     """mask: [H, W] -> [tokens]. latent: its shape [c, h, w]. No place counts less than `least`, and the mean is 1: a picture of which
     little counts is not worth less than another (ai-toolkit divides by the mean of the whole batch, where it takes from its neighbour)."""
-    small = functional.adaptive_avg_pool2d(torch.from_numpy(mask.copy())[None, None].float() / 255, (latent[1], latent[2]))
-    tokens = pack(small.clamp(min=least))[0].mean(-1)
+    tokens = _tokens(mask, latent, least)
     return tokens / tokens.mean()
+
+
+def face_weights(face: np.ndarray[Any, np.dtype[np.uint8]], latent: Sequence[int], share: float, weights: Tensor | None) -> Tensor:
+    """face: [H, W], 255 within it. weights: [tokens] as they would be without, None for equal ones -> [tokens] of the same mean, of which
+    the face has `share`, unless it has more already; unchanged where no face is left in the picture.
+
+    A LoRA has few steps to learn somebody, and of a full figure the face is a small part: the rest would be learnt instead.
+    """
+    inside = _tokens(face, latent, 0.0)
+    even = torch.ones_like(inside) if weights is None else weights
+    has = float((even * inside).sum() / even.sum())
+    if has >= share or has == 0:
+        return even
+    return even * (share / has * inside + (1 - share) / (1 - has) * (1 - inside))
+
+
+def _tokens(picture: np.ndarray[Any, np.dtype[np.uint8]], latent: Sequence[int], least: float) -> Tensor:
+    """[H, W] of 0..255 -> [tokens] of least..1."""
+    small = functional.adaptive_avg_pool2d(torch.from_numpy(picture.copy())[None, None].float() / 255, (latent[1], latent[2]))
+    return pack(small.clamp(min=least))[0].mean(-1)
+
+
+def _painted(face: tuple[float, float, float, float], size: tuple[int, int]) -> Image.Image:
+    """Grey picture of a size (width, height), white within the box."""
+    painted = Image.new("L", size)
+    left, top, right, bottom = (round(edge) for edge in face)
+    painted.paste(255, (max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])))
+    return painted
 
 
 def _opened(content: bytes) -> Image.Image:

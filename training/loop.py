@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deployments.errors import InvalidRequest, TrainingDiverged
 from training.adapters import Average, add_lora
@@ -25,7 +26,7 @@ from training.buckets import Batches, Bucket
 from training.checkpoints import write_checkpoint
 from training.export import LoraCard, write_lora
 from training.latent_cache import TrainingSet
-from training.objective import Draw, held_out_batch, losses, objective_of
+from training.objective import Batch, Draw, held_out_batch, losses, objective_of
 from training.optimisers import optimiser_of, rate_at
 from training.settings import TrainingSettings
 
@@ -34,6 +35,9 @@ _RUN = frozenset(
     ("checkpoint_every", "sample_every", "sample_prompts", "keep_states", "gradient_checkpointing", "compile_blocks", "saved_dtype")
 )
 """Settings that change no number of the training."""
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All of torch's but cuDNN's, which it prefers on a Hopper GPU: of FLUX at 1024 x 1024, blocks uncompiled, its backward writes where it
+must not (torch 2.11, run_cudnn_SDP_bprop; stock diffusers' loop dies of it as well). Compiled, flash takes as long."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Trainer:
             members.setdefault(item.bucket, []).append(index)
         self._batches = Batches(members, settings.batch * self._world, settings.seed)
         self._device = self.parameters[0].device
+        self._ahead: tuple[int, list[Batch]] | None = None
         self.step = 0
 
     def run(self, state: State | None, report: Report, cancelled: Callable[[], bool]) -> Outcome:
@@ -97,7 +102,7 @@ class Trainer:
             self._restore(state)
         held_out, stopped = None, False
         self._transformer.train()
-        with disable_input_dtype_casting(self._transformer):
+        with disable_input_dtype_casting(self._transformer), sdpa_kernel(_ATTENTION):
             while self.step < self._settings.steps and not stopped:
                 started = time.monotonic()
                 loss, stopped = self._one_step(cancelled())
@@ -124,45 +129,59 @@ class Trainer:
         found = []
         for item in range(len(self._data.held_out)):
             with self._precision():
-                found.append(losses(self._objective, self._transformer, held_out_batch(self._data, item, self._device)).mean())
+                found.append(losses(self._objective, self._transformer, held_out_batch(self._data, item).to(self._device)).mean())
         return float(torch.stack(found).mean()) if found else None
 
     def _one_step(self, cancel: bool) -> tuple[float, bool]:
-        """The step's loss, and whether any process was cancelled."""
+        """The step's loss, and whether any process was cancelled. The loss is waited for last: meanwhile a GPU has the step's work, and
+        this process draws the next one's noise."""
         settings = self._settings
         for group in self._optimiser.param_groups:
             group["lr"] = rate_at(settings, self.step)
         whole = settings.batch * self._world
         total = torch.zeros((), device=self._device)
-        for forward in range(settings.grad_accum):
-            first = self._rank * settings.batch
-            mine = self._batches.at(self.step * settings.grad_accum + forward)[first : first + settings.batch]
-            batch = self._draw.batch(self._data, mine, self.step, forward * whole + first, self._device)
+        for batch in self._drawn(self.step):
             with self._precision():
                 loss = losses(self._objective, self._transformer, batch).sum() / (whole * settings.grad_accum)
             loss.backward()
             total += loss.detach()
-        found, stopped = self._gathered(total, cancel)
-        if not math.isfinite(found):
-            raise TrainingDiverged(f"The loss of step {self.step + 1} is {found}.")
+        said = self._gathered(total, cancel)
         torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         self.average.update()
         self.step += 1
-        return found, stopped
+        if self.step < settings.steps:
+            self._ahead = self.step, self._drawn(self.step)
+        found, stopped = said.tolist()
+        if not math.isfinite(found):
+            raise TrainingDiverged(f"The loss of step {self.step} is {found}.")
+        return found, bool(stopped)
 
-    def _gathered(self, loss: Tensor, cancel: bool) -> tuple[float, bool]:
-        """Gradients, loss and the wish to stop, summed over the processes in one message: all end on the same step."""
+    def _drawn(self, step: int) -> list[Batch]:
+        """This process's share of a step, a batch a forward, on its device or on the way there."""
+        if self._ahead is not None and self._ahead[0] == step:
+            return self._ahead[1]
+        settings = self._settings
+        whole, first = settings.batch * self._world, self._rank * settings.batch
+        batches = []
+        for forward in range(settings.grad_accum):
+            mine = self._batches.at(step * settings.grad_accum + forward)[first : first + settings.batch]
+            batches.append(self._draw.batch(self._data, mine, step, forward * whole + first).to(self._device))
+        return batches
+
+    def _gathered(self, loss: Tensor, cancel: bool) -> Tensor:
+        """[2]: the loss, and above 0 where anybody wishes to stop. With the gradients, summed over the processes in one message: all end
+        on the same step."""
+        said = torch.stack([loss.float(), torch.full((), float(cancel), device=self._device)])
         if self._world == 1:
-            return float(loss), cancel
+            return said
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        said = torch.stack([loss.float(), torch.tensor(float(cancel), device=self._device)])
         flat = torch.cat([*(g.flatten() for g in gradients), said])
         dist.all_reduce(flat)
         for p, part in zip(self.parameters, flat[:-2].split([g.numel() for g in gradients]), strict=True):
             p.grad = part.view_as(p)
-        return float(flat[-2]), bool(flat[-1] > 0)
+        return flat[-2:]
 
     def _checkpoint(self) -> tuple[float | None, Path | None]:
         if self._rank != 0:

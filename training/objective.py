@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +48,17 @@ class Batch:
     def noisy(self) -> Tensor:
         sigmas = self.sigmas.view(-1, 1, 1)
         return (1 - sigmas) * self.clean + sigmas * self.noise
+
+    def to(self, device: torch.device) -> Batch:
+        """Copied there without waiting for what the device still does."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            item.name: value.pin_memory().to(device, non_blocking=True)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 class Objective(Protocol):
@@ -118,8 +129,8 @@ class Draw:
     caption_dropout: float = 0.0
     prior_weight: float = 1.0
 
-    def batch(self, data: TrainingSet, items: Sequence[int], step: int, first: int, device: torch.device) -> Batch:
-        """items: indexes into data.trained, all of one bucket. first: place of the first of them in the step's whole batch."""
+    def batch(self, data: TrainingSet, items: Sequence[int], step: int, first: int) -> Batch:
+        """On the CPU. items: indexes into data.trained, all of one bucket. first: place of the first of them in the step's whole batch."""
         chosen = [data.trained[item] for item in items]
         keys = [f"{self.seed} {step} {first + slot} {item}" for slot, item in enumerate(items)]
         generators = [_generator(key) for key in keys]
@@ -127,15 +138,15 @@ class Draw:
         dropped = [float(torch.rand(1, generator=g)) < self.caption_dropout for g in generators]
         captions = [data.empty_caption if gone else item.caption for item, gone in zip(chosen, dropped, strict=True)]
         importance = torch.tensor([self.prior_weight if item.prior else 1.0 for item in chosen])
-        return _assembled(data, chosen, captions, generators, sigmas, importance, device)
+        return _assembled(data, chosen, captions, generators, sigmas, importance)
 
 
-def held_out_batch(data: TrainingSet, item: int, device: torch.device) -> Batch:
-    """One held-out picture at each of HELD_OUT_SIGMAS, always with the same latent and noise."""
+def held_out_batch(data: TrainingSet, item: int) -> Batch:
+    """On the CPU: one held-out picture at each of HELD_OUT_SIGMAS, always with the same latent and noise."""
     chosen = [data.held_out[item]] * len(HELD_OUT_SIGMAS)
     generators = [_generator(f"{_HELD_OUT_SEED} {item}") for _ in chosen]
     sigmas = torch.tensor(HELD_OUT_SIGMAS)
-    return _assembled(data, chosen, [c.caption for c in chosen], generators, sigmas, torch.ones(len(chosen)), device)
+    return _assembled(data, chosen, [c.caption for c in chosen], generators, sigmas, torch.ones(len(chosen)))
 
 
 def sigma_of(sampling: SigmaSampling, tokens: int, generator: torch.Generator) -> Tensor:
@@ -154,7 +165,7 @@ def shifted(sigma: Tensor, sampling: SigmaSampling, tokens: int) -> Tensor:
 
 def _assembled(
     data: TrainingSet, chosen: Sequence[Item], captions: Sequence[int], generators: Sequence[torch.Generator], sigmas: Tensor,
-    importance: Tensor, device: torch.device,
+    importance: Tensor,
 ) -> Batch:  # fmt: skip
     # On the CPU, where the same generator gives the same numbers on every machine.
     eps = [torch.randn(item.mean.shape, generator=g) for item, g in zip(chosen, generators, strict=True)]
@@ -163,9 +174,8 @@ def _assembled(
     channels, height, width = clean.shape[1:]
     weights = _weights(chosen, height * width // 4)
     return Batch(
-        clean=pack(clean).to(device), noise=pack(torch.stack(noise)).to(device), sigmas=sigmas.to(device),
-        states=data.prompts.states[list(captions)].to(device), pooled=data.prompts.pooled[list(captions)].to(device),
-        weights=None if weights is None else weights.to(device), importance=importance.to(device),
+        clean=pack(clean), noise=pack(torch.stack(noise)), sigmas=sigmas, states=data.prompts.states[list(captions)],
+        pooled=data.prompts.pooled[list(captions)], weights=weights, importance=importance,
         grid=Grid(height // 2, width // 2, channels),
     )  # fmt: skip
 

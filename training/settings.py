@@ -44,6 +44,7 @@ class TrainingSettings(BaseModel):
     sigma_sampling: how noise levels are drawn. guidance: the embedding that FLUX.1-dev is trained under; models without one ignore it.
     ema: decay of the average of the weights, which is what is exported; 0 for none.
     mask_weight: the least that a masked place counts; never 0, or the model may paint there what it likes.
+    face_share: of each picture's loss, the least that is to come from the subject's face, however small; 0 leaves all places equal.
     caption_dropout: share of pictures that are shown without their caption. prior_weight: of the pictures that preserve the class.
     held_out: pictures that are not trained on, whose loss is measured at every checkpoint.
     checkpoint_every, sample_every: steps (sample_every 0: no samples). keep_states: newest checkpoints that can be resumed from; the LoRA
@@ -71,6 +72,7 @@ class TrainingSettings(BaseModel):
     guidance: float = Field(default=1.0, ge=0)
     ema: float = Field(default=0.99, ge=0, lt=1)
     mask_weight: float = Field(default=0.05, gt=0, le=1)
+    face_share: float = Field(default=0.0, ge=0, lt=1)
     caption_dropout: float = Field(default=0.0, ge=0, le=0.5)
     prior_weight: float = Field(default=1.0, gt=0, le=10)
     held_out: int = Field(default=0, ge=0)

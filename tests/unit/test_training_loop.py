@@ -162,17 +162,17 @@ def test_a_seed_is_a_training_and_another_is_another(tmp_path: Path) -> None:
 
 def test_a_picture_draws_the_same_numbers_in_whatever_company() -> None:
     data, draw = training_set(masked=True), Draw(3, "sigmoid")
-    whole = draw.batch(data, [0, 1, 2, 0], 7, 0, CPU)
-    half = draw.batch(data, [2, 0], 7, 2, CPU)
+    whole = draw.batch(data, [0, 1, 2, 0], 7, 0)
+    half = draw.batch(data, [2, 0], 7, 2)
     for name in ("clean", "noise", "sigmas"):
         assert torch.equal(getattr(whole, name)[2:], getattr(half, name))
     assert not torch.equal(whole.noise[0], whole.noise[3]), "a picture twice in a batch must not bring the same noise twice"
-    assert not torch.equal(whole.noise, draw.batch(data, [0, 1, 2, 0], 8, 0, CPU).noise)
+    assert not torch.equal(whole.noise, draw.batch(data, [0, 1, 2, 0], 8, 0).noise)
 
 
 def test_masked_places_count_less_and_a_masked_picture_as_much_as_another() -> None:
     data = training_set(masked=True)
-    batch = Draw(3, "sigmoid").batch(data, [0, 1], 0, 0, CPU)
+    batch = Draw(3, "sigmoid").batch(data, [0, 1], 0, 0)
     assert batch.weights is not None and torch.allclose(batch.weights.mean(1), torch.ones(2))
     assert float(batch.weights[0, 0] / batch.weights[0, 1]) == pytest.approx(0.1) and bool((batch.weights[1] == 1).all())
     plain = losses(FluxObjective(), transformer(), replace(batch, weights=None))
@@ -182,9 +182,9 @@ def test_masked_places_count_less_and_a_masked_picture_as_much_as_another() -> N
 
 def test_captions_are_dropped_and_class_pictures_weighed() -> None:
     data = training_set()
-    dropped = [Draw(1, "sigmoid", caption_dropout=0.5).batch(data, [0], step, 0, CPU).states[0] for step in range(60)]
+    dropped = [Draw(1, "sigmoid", caption_dropout=0.5).batch(data, [0], step, 0).states[0] for step in range(60)]
     assert 15 < sum(torch.equal(states, data.prompts.states[data.empty_caption]) for states in dropped) < 45
-    assert Draw(1, "sigmoid", prior_weight=0.25).batch(data, [5], 0, 0, CPU).importance.tolist() == [0.25]
+    assert Draw(1, "sigmoid", prior_weight=0.25).batch(data, [5], 0, 0).importance.tolist() == [0.25]
 
 
 def test_noise_levels_are_those_of_the_published_recipes() -> None:
@@ -201,7 +201,7 @@ def test_noise_levels_are_those_of_the_published_recipes() -> None:
 
 def test_the_held_out_loss_is_always_asked_the_same() -> None:
     data = training_set()
-    first, again = held_out_batch(data, 1, CPU), held_out_batch(data, 1, CPU)
+    first, again = held_out_batch(data, 1), held_out_batch(data, 1)
     assert torch.equal(first.noise, again.noise) and torch.allclose(first.sigmas, torch.tensor(HELD_OUT_SIGMAS))
     assert bool((first.noise[0] == first.noise[4]).all())
 
@@ -248,7 +248,7 @@ def test_qwen_trains_every_module_that_can_learn_and_no_other() -> None:
     with torch.no_grad():
         for p in parameters:  # B begins at zero, and lets nothing through to A
             p.add_(0.01)
-    losses(QwenObjective(), model, Draw(1, "qwen_shift").batch(data, [0, 1], 0, 0, CPU)).sum().backward()
+    losses(QwenObjective(), model, Draw(1, "qwen_shift").batch(data, [0, 1], 0, 0)).sum().backward()
     still = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert still == [] and len(parameters) == 2 * len(names)
 

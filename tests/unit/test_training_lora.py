@@ -186,6 +186,37 @@ def test_latents_are_the_pipelines_and_faces_count_more(tmp_path: Path) -> None:
     assert float(item.weights.mean()) == pytest.approx(1) and float(item.weights.max() / item.weights.min()) == pytest.approx(3, abs=0.02)
 
 
+@pytest.mark.parametrize("masked", (False, True))
+def test_a_small_face_gets_its_share_of_the_loss(tmp_path: Path, masked: bool) -> None:
+    (picture,) = examples(tmp_path / "pictures", 1)
+    if not masked:
+        picture = replace(picture, mask=None)
+    box = (96.0, 48.0, 144.0, 96.0)  # six by six of the 24 x 24 tokens
+    here = torch.zeros(24, 24)
+    here[6:12, 12:18] = 1
+    (plain,) = _prepare([picture], tmp_path, resolutions=(192,))[0].trained
+    data, _ = _prepare([replace(picture, face=box)], tmp_path, resolutions=(192,), face_share=0.5)
+    weights = data.trained[0].weights
+    assert weights is not None and float(weights.mean()) == pytest.approx(1)
+    assert float((weights * here.flatten()).sum() / weights.sum()) == pytest.approx(0.5, abs=1e-4)
+    elsewhere = weights[here.flatten() == 0]
+    before = torch.ones(24 * 24) if plain.weights is None else plain.weights
+    assert torch.allclose(elsewhere / elsewhere.mean(), before[here.flatten() == 0] / before[here.flatten() == 0].mean(), atol=1e-4)
+    small, _ = _prepare([replace(picture, face=box)], tmp_path, resolutions=(64,), face_share=0.5)
+    assert float(small.trained[0].weights.view(8, 8)[2:4, 4:6].sum() / 64) == pytest.approx(0.5, abs=0.02), "where the bucket shows it"
+
+
+def test_a_face_that_has_more_than_its_share_changes_nothing(tmp_path: Path) -> None:
+    (picture,) = examples(tmp_path / "pictures", 1)
+    plain, _ = _prepare([picture], tmp_path)
+    for face in ((0.0, 0.0, 190.0, 190.0), (-80.0, -80.0, -20.0, -20.0)):
+        data, _ = _prepare([replace(picture, face=face)], tmp_path, face_share=0.5)
+        assert torch.equal(data.trained[0].weights, plain.trained[0].weights), "large already; outside"
+        assert data.hash != plain.hash
+    without, _ = _prepare([replace(picture, face=(40.0, 40.0, 60.0, 60.0))], tmp_path)
+    assert without.hash == plain.hash, "what is not used makes no other training"
+
+
 def test_no_picture_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
     pictures = examples(tmp_path / "pictures", 3)
     pictures.append(replace(pictures[0], prior=True, caption="a portrait"))
