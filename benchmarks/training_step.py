@@ -22,13 +22,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.training_utils import cast_training_params, compute_density_for_timestep_sampling
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from benchmarks.true_size import SCHEDULER, Maker, tiny_sizes, true_sizes
 from deployments.contracts import PromptEmbeds
 from training.buckets import Bucket
 from training.export import LoraCard
 from training.latent_cache import Item, TrainingSet
-from training.loop import Progress, Trainer
+from training.loop import ATTENTION, Progress, Trainer, arranged
 from training.settings import TARGETS, TrainingSettings, preset
 
 RANK, PICTURES = 32, 2
@@ -69,16 +70,14 @@ def measure(way: Way, maker: Maker, steps: int) -> Measured:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     transformer: Any = maker.transformer()
-    if way.checkpointing:
-        transformer.enable_gradient_checkpointing()
-    seconds, loss = (_ours if way.ours else _stock)(way, maker, transformer, steps + _WARM_UP)
+    with sdpa_kernel(ATTENTION):  # stock diffusers' loop takes whatever torch prefers, and dies of it where blocks are not compiled
+        seconds, loss = (_ours if way.ours else _stock)(way, maker, transformer, steps + _WARM_UP)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     return Measured(str(way), round(statistics.median(seconds[_WARM_UP:]), 4), round(peak, 2), round(loss, 4))
 
 
 def _ours(way: Way, maker: Maker, transformer: Any, steps: int) -> tuple[list[float], float]:
-    if way.compiled:
-        transformer.compile_repeated_blocks()
+    arranged(transformer, checkpointing=way.checkpointing, compiled=way.compiled)
     settings = _settings(maker, steps)
     seen: list[Progress] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +117,8 @@ def _data(maker: Maker) -> TrainingSet:
 def _stock(way: Way, maker: Maker, transformer: Any, steps: int) -> tuple[list[float], float]:
     """What huggingface/diffusers, examples/dreambooth/train_dreambooth_lora_flux.py does in a step, on cached latents and prompts."""
     device, data = maker.device, _data(maker)
+    if way.checkpointing:
+        transformer.enable_gradient_checkpointing()
     transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS["flux1"]))
     cast_training_params(transformer, torch.float32)
     if way.compiled:
@@ -169,8 +170,9 @@ def _stock_step(transformer: Any, maker: Maker, latents: Tensor, prompts: Prompt
 
 def table(found: list[Measured], device: str) -> str:
     rows = [f"| {one.way} | {one.step_seconds:.3f} | {one.peak_gb:.1f} |" for one in found]
+    title = ["# A training step at true size, measured", "", "`python -m benchmarks.training_step --write docs/training_step.md`", ""]
     head = f"{device}, {PICTURES} pictures of 1024 x 1024, rank {RANK} on every linear module of the blocks but modulations, bf16."
-    return "\n".join([head, "", "| way | step (s) | peak (GB) |", "|---|---|---|", *rows, ""])
+    return "\n".join([*title, head, "", "| way | step (s) | peak (GB) |", "|---|---|---|", *rows, ""])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from training.base_models import FluxBase
 from training.checkpoints import LORA, checkpoints, newest_state
 from training.export import LoraCard
 from training.latent_cache import Example, MomentsCache, Told, TrainingSet, divisor_of, prepare
-from training.loop import Outcome, Report, Trainer
+from training.loop import Outcome, Report, Trainer, arranged
 from training.memory_plan import MemoryPlan, free_bytes, plan
 from training.settings import TrainingSettings, base_entry
 from training.trigger_words import trigger_warnings
@@ -78,7 +78,7 @@ def train_lora(
     data, sample_prompts = _encoded(settings, examples, trigger_word, cache, base, told)
     _freed(device)
     _kept_settings(settings, folder)
-    transformer = _arranged(base.transformer(), settings, memory)
+    transformer = arranged(base.transformer(), checkpointing=memory.checkpointing, compiled=settings.compile_blocks)
     card = LoraCard(base.entry.id, base.entry.family, trigger_word, data.hash, sum(not example.prior for example in examples))
     sample = _sampler(settings, base, transformer, sample_prompts, folder / "samples") if sample_prompts is not None else None
     trainer = Trainer(settings, transformer, data, folder / "checkpoints", card, sample)
@@ -129,14 +129,6 @@ def _encoded(
         mask_weight=settings.mask_weight, face_share=settings.face_share, held_out=settings.held_out, trigger_word=trigger_word, told=told,
     )  # fmt: skip
     return data, captions.encode(settings.sample_prompts, base.text_tokens) if settings.sample_every else None
-
-
-def _arranged(transformer: Any, settings: TrainingSettings, memory: MemoryPlan) -> Any:
-    if memory.checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if settings.compile_blocks:
-        transformer.compile_repeated_blocks()
-    return transformer
 
 
 def _sampler(settings: TrainingSettings, base: FluxBase, transformer: Any, prompts: PromptEmbeds, folder: Path) -> Callable[[int], None]:

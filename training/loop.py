@@ -35,9 +35,9 @@ _RUN = frozenset(
     ("checkpoint_every", "sample_every", "sample_prompts", "keep_states", "gradient_checkpointing", "compile_blocks", "saved_dtype")
 )
 """Settings that change no number of the training."""
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""All of torch's but cuDNN's, which it prefers on a Hopper GPU: of FLUX at 1024 x 1024, blocks uncompiled, its backward writes where it
-must not (torch 2.11, run_cudnn_SDP_bprop; stock diffusers' loop dies of it as well). Compiled, flash takes as long."""
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All of torch's but cuDNN's, which it prefers on a Hopper GPU: of FLUX at 1024 x 1024, blocks uncompiled, its backward reads or writes
+where it must not (torch 2.11, run_cudnn_SDP_bprop; stock diffusers' loop dies of it as well). It costs a seventh: docs/training_step.md."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,15 @@ class Outcome:
     step: int
     stopped: bool
     held_out: float | None
+
+
+def arranged(transformer: Any, *, checkpointing: bool, compiled: bool) -> Any:
+    """The transformer as it is to be trained. checkpointing: blocks are computed again in the backward in place of being kept."""
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if compiled:
+        transformer.compile_repeated_blocks()
+    return transformer
 
 
 class Trainer:
@@ -102,7 +111,7 @@ class Trainer:
             self._restore(state)
         held_out, stopped = None, False
         self._transformer.train()
-        with disable_input_dtype_casting(self._transformer), sdpa_kernel(_ATTENTION):
+        with disable_input_dtype_casting(self._transformer), sdpa_kernel(ATTENTION):
             while self.step < self._settings.steps and not stopped:
                 started = time.monotonic()
                 loss, stopped = self._one_step(cancelled())
