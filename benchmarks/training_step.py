@@ -33,6 +33,7 @@ from training.loop import ATTENTION, Progress, Trainer, arranged
 from training.settings import TARGETS, TrainingSettings, preset
 
 RANK, PICTURES = 32, 2
+_ATTENTION_ALONE = r"(?:transformer_blocks|single_transformer_blocks)\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 _WARM_UP = 3
 """Steps that are not counted: compiling, and choosing kernels."""
 
@@ -63,7 +64,8 @@ class Measured:
 WAYS = tuple(Way(ours, twice, compiled) for ours in (False, True) for compiled in (False, True) for twice in (True, False))
 
 
-def measure(way: Way, maker: Maker, steps: int) -> Measured:
+def measure(way: Way, maker: Maker, steps: int, targets: str = TARGETS["flux1"]) -> Measured:
+    """targets: regular expression of the modules that get a LoRA."""
     device = maker.device
     gc.collect()
     if device.type == "cuda":
@@ -71,14 +73,14 @@ def measure(way: Way, maker: Maker, steps: int) -> Measured:
         torch.cuda.reset_peak_memory_stats()
     transformer: Any = maker.transformer()
     with sdpa_kernel(ATTENTION):  # stock diffusers' loop takes whatever torch prefers, and dies of it where blocks are not compiled
-        seconds, loss = (_ours if way.ours else _stock)(way, maker, transformer, steps + _WARM_UP)
+        seconds, loss = (_ours if way.ours else _stock)(way, maker, transformer, steps + _WARM_UP, targets)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     return Measured(str(way), round(statistics.median(seconds[_WARM_UP:]), 4), round(peak, 2), round(loss, 4))
 
 
-def _ours(way: Way, maker: Maker, transformer: Any, steps: int) -> tuple[list[float], float]:
+def _ours(way: Way, maker: Maker, transformer: Any, steps: int, targets: str) -> tuple[list[float], float]:
     arranged(transformer, checkpointing=way.checkpointing, compiled=way.compiled)
-    settings = _settings(maker, steps)
+    settings = _settings(maker, steps, targets)
     seen: list[Progress] = []
     with tempfile.TemporaryDirectory() as folder:
         card = LoraCard("flux1-dev", "flux1", "", "0" * 64, PICTURES)
@@ -88,13 +90,14 @@ def _ours(way: Way, maker: Maker, transformer: Any, steps: int) -> tuple[list[fl
     return [progress.seconds for progress in seen[:-1]], seen[-1].loss
 
 
-def _settings(maker: Maker, steps: int) -> TrainingSettings:
+def _settings(maker: Maker, steps: int, targets: str) -> TrainingSettings:
     dtype = str(maker.dtype).removeprefix("torch.")
     return preset(
         "flux-a100",
         batch=PICTURES,
         rank=RANK,
         alpha=RANK,
+        targets=targets,
         steps=steps + 1,
         resolutions=[maker.sizes.pixels],
         checkpoint_every=10**6,
@@ -114,12 +117,12 @@ def _data(maker: Maker) -> TrainingSet:
     return TrainingSet(tuple(items), (), prompts, "0" * 64)
 
 
-def _stock(way: Way, maker: Maker, transformer: Any, steps: int) -> tuple[list[float], float]:
+def _stock(way: Way, maker: Maker, transformer: Any, steps: int, targets: str) -> tuple[list[float], float]:
     """What huggingface/diffusers, examples/dreambooth/train_dreambooth_lora_flux.py does in a step, on cached latents and prompts."""
     device, data = maker.device, _data(maker)
     if way.checkpointing:
         transformer.enable_gradient_checkpointing()
-    transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS["flux1"]))
+    transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))
     cast_training_params(transformer, torch.float32)
     if way.compiled:
         transformer.compile_repeated_blocks()
@@ -168,10 +171,10 @@ def _stock_step(transformer: Any, maker: Maker, latents: Tensor, prompts: Prompt
     return step
 
 
-def table(found: list[Measured], device: str) -> str:
+def table(found: list[Measured], device: str, on: str) -> str:
     rows = [f"| {one.way} | {one.step_seconds:.3f} | {one.peak_gb:.1f} |" for one in found]
     title = ["# A training step at true size, measured", "", "`python -m benchmarks.training_step --write docs/training_step.md`", ""]
-    head = f"{device}, {PICTURES} pictures of 1024 x 1024, rank {RANK} on every linear module of the blocks but modulations, bf16."
+    head = f"{device}, {PICTURES} pictures of 1024 x 1024, rank {RANK} on {on}, bf16."
     return "\n".join([*title, head, "", "| way | step (s) | peak (GB) |", "|---|---|---|", *rows, ""])
 
 
@@ -179,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks.training_step", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="at sizes that a CPU holds: proves that it runs")
     parser.add_argument("--steps", type=int, default=10, help="counted steps a way (default 10)")
+    parser.add_argument("--attention", action="store_true", help="LoRAs on attention alone, not on every linear module but modulations")
     parser.add_argument("--eager", action="store_true", help="only the ways that compile nothing")
     parser.add_argument("--write", type=Path, help="a Markdown file for the table")
     told = parser.parse_args(argv)
@@ -189,10 +193,11 @@ def main(argv: list[str] | None = None) -> int:
     found = []
     for way in WAYS:
         if not (told.eager and way.compiled):
-            found.append(measure(way, maker, told.steps))
+            found.append(measure(way, maker, told.steps, _ATTENTION_ALONE if told.attention else TARGETS["flux1"]))
             print(json.dumps(asdict(found[-1])), flush=True)
     if told.write is not None:
-        told.write.write_text(table(found, "CPU" if told.tiny else torch.cuda.get_device_name()), encoding="utf-8")
+        on = "attention alone" if told.attention else "every linear module of the blocks but modulations"
+        told.write.write_text(table(found, "CPU" if told.tiny else torch.cuda.get_device_name(), on), encoding="utf-8")
     return 0
 
 

@@ -36,8 +36,8 @@ _RUN = frozenset(
 )
 """Settings that change no number of the training."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""All of torch's but cuDNN's, which it prefers on a Hopper GPU: of FLUX at 1024 x 1024, blocks uncompiled, its backward reads or writes
-where it must not (torch 2.11, run_cudnn_SDP_bprop; stock diffusers' loop dies of it as well). It costs a seventh: docs/training_step.md."""
+"""All of torch's but cuDNN's, which it prefers on a Hopper GPU (torch 2.11): of FLUX at 1024 x 1024 its backward (run_cudnn_SDP_bprop)
+touches memory that is not its own, or makes a NaN of the loss, in stock diffusers' loop as in this one. docs/training.md has figures."""
 
 
 @dataclass(frozen=True)
