@@ -154,7 +154,7 @@ class _Telling:
 
     async def _run(self) -> None:
         # What is done at once needs no progress, and writing it would only be in the way.
-        await asyncio.sleep(self._every_s / 2)
+        await asyncio.sleep(self._every_s)
         while True:
             await self._news.wait()
             self._news.clear()

@@ -29,6 +29,7 @@ from deployments.store.jobs import JobStore
 from deployments.webhooks import Guard
 from serve.attachments import PICTURE_FIELDS
 from serve.job_answers import JobEvent, JobItem, Priority
+from serve.picture_urls import addressed
 
 _LOG = logging.getLogger("likeness.jobs")
 
@@ -109,7 +110,7 @@ class JobDesk:
             kind=wanted.kind, pool=POOLS[wanted.kind], workflow=_workflow(wanted), priority=PRIORITIES[wanted.priority],
             webhook_url=wanted.webhook_url, idempotency_key=key, previews=wanted.previews,
         )  # fmt: skip
-        return await self.place(new, wanted.input, filled, owner, quota)
+        return await self.place(new, wanted.input, filled, owner, quota, costly=addressed(wanted.input))
 
     async def fetched(self, body: Mapping[str, Any], **options: int | bool) -> Mapping[str, Any]:
         """The body with the pictures in it that it gives by address. options: see Fetch. Raises UrlNotAllowed, InvalidImage."""
@@ -122,9 +123,11 @@ class JobDesk:
         filled: Callable[[], Awaitable[Filled]],
         owner: str,
         quota: int | None = None,
+        *,
+        costly: bool = True,
     ) -> tuple[JobItem, bool]:
         """As submit, for a job of any kind. new: without its input; said: the body as it was sent; filled: its input and pictures, or a
-        refusal."""
+        refusal. costly: whether filling it fetches something or takes long."""
         if new.webhook_url is not None:
             self._guard.check(new.webhook_url)
         if new.idempotency_key is not None:
@@ -132,8 +135,10 @@ class JobDesk:
         allowed = quota if quota is not None else self._settings.quota
         # Before anything is looked at: of what it names, some may be gone, and an address may hold another picture by now. Nor is anything
         # fetched for whoever has as many jobs as they may; the answer counts once more when the job is kept.
-        if (known := await self._call(self._store.known, owner, new, allowed, self._settings.room)) is not None:
-            return await self._item(known), False
+        if costly or new.idempotency_key is not None:
+            known = await self._call(self._store.known, owner, new, allowed, self._settings.room)
+            if known is not None:
+                return await self._item(known), False
         input, pictures = await filled()
         new = replace(new, input=input, pictures=pictures)
         info, made = await self._call(self._store.submit, owner, new, allowed, self._settings.room)

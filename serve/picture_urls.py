@@ -49,6 +49,11 @@ async def fetched(
     return replaced
 
 
+def addressed(body: Mapping[str, Any]) -> bool:
+    """Whether any of its pictures is given by address."""
+    return any(True for _ in _addresses(body, "", 0))
+
+
 async def _all(places: Mapping[str, str], guard: UrlGuard, max_bytes: int) -> dict[str, bytes]:
     """url -> picture."""
     turn, came = asyncio.Semaphore(_AT_A_TIME), 0

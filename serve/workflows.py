@@ -193,10 +193,11 @@ class Workflows:
 
 
 class Thinned:
-    """Passes on steps that come at least so long after the one before, the first so long after the beginning; and every small picture."""
+    """Passes on steps that come at least so long after the one before, and every small picture. The first comes twice so long after the
+    beginning: what is soon done needs none, and each costs what draws."""
 
     def __init__(self, tell: Callable[[PictureProgress], object], every_s: float) -> None:
-        self._tell, self._every_s, self._told = tell, every_s, time.monotonic()
+        self._tell, self._every_s, self._told = tell, every_s, time.monotonic() + every_s
 
     def __call__(self, event: PictureProgress) -> None:
         now = time.monotonic()

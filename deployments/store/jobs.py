@@ -64,10 +64,11 @@ class JobStore:
         """
         job_requests.check(owner, new)
         digest = job_requests.digest_of(new)
-        # Asked before anything is written, so that a full queue costs no disk; and again under the lock, where the answer counts.
-        with self._database.reading() as session:
-            if row := self._let_in(session, owner, new, digest, quota, room):
-                return self._info(session, row), False
+        # Asked before a file is written, so that a full queue costs no disk; and again under the lock, where the answer counts.
+        if new.pictures:
+            with self._database.reading() as session:
+                if row := self._let_in(session, owner, new, digest, quota, room):
+                    return self._info(session, row), False
         id = f"job_{secrets.token_hex(12)}"
         files = self._files.write(id, ((name, content, PLAIN) for name, content in new.pictures.items()))
         try:

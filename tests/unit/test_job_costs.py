@@ -51,6 +51,22 @@ def waits() -> Iterator[list[int]]:
         event.remove(Engine, "commit", committed)
 
 
+@contextmanager
+def counts() -> Iterator[list[str]]:
+    """Statements meanwhile that count jobs, in this process."""
+    found: list[str] = []
+
+    def asked(_: object, cursor: object, statement: str, *rest: object) -> None:
+        if "count(*)" in statement:
+            found.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", asked)
+    try:
+        yield found
+    finally:
+        event.remove(Engine, "before_cursor_execute", asked)
+
+
 def submitted(store: JobStore) -> JobInfo:
     return store.submit(EVERYBODY, new(pictures={"reference_image": b"ada"}))[0]
 
@@ -70,6 +86,15 @@ def test_what_was_promised_waits_for_the_disk_and_what_may_be_done_again_does_no
     with waits() as found:
         store.cancel(submitted(store).id, EVERYBODY)
     assert found == [FULL, FULL]
+
+
+@pytest.mark.parametrize(("pictures", "times"), (({"reference_image": b"ada"}, 2), ({}, 1)))
+def test_whether_there_is_room_is_asked_before_a_file_is_written_and_else_once(
+    store: JobStore, pictures: dict[str, bytes], times: int
+) -> None:
+    with counts() as found:
+        store.submit(EVERYBODY, new(pictures=pictures), room=10)
+    assert len(found) == times
 
 
 def test_connections_are_shared_by_both_and_each_gets_what_it_asked_for(tmp_path: Path) -> None:
@@ -110,6 +135,15 @@ def test_steps_are_told_no_faster_than_asked_but_every_small_picture_is() -> Non
     for event_ in told:
         Thinned(every.append, 0.0)(event_)
     assert every == told
+
+
+def test_what_is_soon_done_is_told_once_it_is_done() -> None:
+    told: list[PictureProgress] = []
+    tell = Thinned(told.append, 0.2)
+    for step in range(1, 16):
+        time.sleep(0.02)
+        tell(PictureProgress(0, 1, step, 15))
+    assert told == []
 
 
 def test_two_callers_are_served_in_turns_over_http(store: JobStore) -> None:
