@@ -183,6 +183,16 @@ class Catalog(_Strict):
             raise _unknown("model", model, self.models)
         return self.models[model]
 
+    def servable(self, base: str) -> Entry:
+        """The base model with this id, for a server to draw with. Raises UnknownModel, and UnsupportedCombination for what is no base
+        model, or is one that nothing here draws with (LoRAs may be trained on it)."""
+        entry = self.entry(base)
+        if entry.role == "base" and "denoiser" in entry.parts:
+            return entry
+        able = sorted(e.id for e in self.models.values() if e.role == "base" and "denoiser" in e.parts)
+        reason = f"there is no denoiser for {entry.family} here" if entry.role == "base" else f"it is of role {entry.role}"
+        raise UnsupportedCombination(f"A server cannot draw with {base}: {reason}.", f"Let `base` be {_either(able)}.", {"param": "base"})
+
     def resolve(self, entry: Entry, policy: Policy | None = None) -> object:
         """Imports the implementation of an entry. Raises LicenseRefused before anything is imported, InvalidCatalog if there is none.
 

@@ -196,10 +196,16 @@ class Guides:
 
 @dataclass(frozen=True, eq=False)
 class PromptEmbeds:
-    """Texts as FLUX reads them, on the CPU. states: [n, length, width] of T5; pooled: [n, width] of CLIP. One row a text."""
+    """Texts as a base model reads them, on the CPU; one row a text. FLUX: states [n, length, width] of T5, pooled [n, width] of CLIP.
+    Qwen-Image: states of Qwen2.5-VL, zeros behind each text, and pooled [n, 0]."""
 
     states: Tensor
     pooled: Tensor
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each text: the places whose states are not all zeros, as no encoder's are. FLUX reads its padding, which has states."""
+        return tuple(self.states.any(-1).sum(-1).tolist())
 
 
 @dataclass(frozen=True, eq=False)

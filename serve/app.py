@@ -14,6 +14,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from deployments import metrics
+from deployments.catalog import load_catalog
 from deployments.control_server import ControlServer
 from deployments.denoiser_server import DenoiserServer
 from deployments.face_server import FaceServer
@@ -88,7 +89,8 @@ def build(settings: AppSettings) -> Application:
 
 
 def build_workflows(settings: AppSettings) -> Application:
-    """The same without the door: its handle's methods are those of Workflows."""
+    """The same without the door: its handle's methods are those of Workflows. Raises UnknownModel, UnsupportedCombination for its base."""
+    load_catalog().servable(settings.base)
     limits = settings.limits.value
     faces = _deployed(FaceServer, settings.faces.pool).bind(settings.faces.models, limits)
     prompts = _deployed(PromptServer, settings.prompts.pool, settings.prompts).bind(settings.base, settings.prompts.torch)

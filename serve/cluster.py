@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from deployments import metrics
+from deployments.catalog import load_catalog
 from deployments.errors import DeploymentFailed
 from serve.door_settings import refuse_open_door
 from serve.ray_ports import guard_ray_ports
@@ -26,9 +27,11 @@ def serving(settings: AppSettings, host: str = "127.0.0.1", port: int = 8000) ->
     """The address of a running server, which answers when this is entered. Ray is joined where it runs (RAY_ADDRESS), else started.
 
     Ray's own ports ask for a token, and those of a Ray that is started here listen on this machine alone (serve/ray_ports.py).
-    Raises InvalidCatalog where everybody who reaches `host` would come in, DeploymentFailed, which says what a deployment died of.
+    Raises InvalidCatalog where everybody who reaches `host` would come in, UnknownModel and UnsupportedCombination for a base that nothing
+    draws with, DeploymentFailed, which says what a deployment died of.
     """
     refuse_open_door(settings.door, host)
+    load_catalog().servable(settings.base)  # before Ray, which takes its time
     guard_ray_ports()
     # Ray's workers run at niceness 15 unless told otherwise: whatever else the machine does would come first.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -21,17 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from deployments.catalog import Catalog, load_catalog
 from deployments.contracts import PromptEmbeds
 from deployments.errors import InvalidRequest
 from deployments.prompts.cache import PromptCache
 from deployments.prompts.shared_folder import SharedFolder
-from training.base_models import FluxBase
+from training.base_models import Base, open_base
 from training.checkpoints import LORA, checkpoints, newest_state
 from training.export import LoraCard
-from training.latent_cache import Example, MomentsCache, Told, TrainingSet, divisor_of, prepare
+from training.latent_cache import Example, MomentsCache, Told, TrainingSet, prepare
 from training.loop import Outcome, Report, Trainer, arranged
 from training.memory_plan import MemoryPlan, free_bytes, plan
 from training.settings import TrainingSettings, base_entry
@@ -72,7 +71,7 @@ def train_lora(
     base model raises. Nothing is trained unless all is well up to the first step.
     """
     catalog = catalog if catalog is not None else load_catalog()
-    base = FluxBase(catalog, base_entry(settings, catalog), device, getattr(torch, settings.dtype))
+    base = open_base(catalog, base_entry(settings, catalog), device, getattr(torch, settings.dtype))
     warnings = warnings_of(examples, trigger_word, base)
     memory = planned(settings, base, device)
     data, sample_prompts = _encoded(settings, examples, trigger_word, cache, base, told)
@@ -80,7 +79,10 @@ def train_lora(
     _kept_settings(settings, folder)
     transformer = arranged(base.transformer(), checkpointing=memory.checkpointing, compiled=settings.compile_blocks)
     card = LoraCard(base.entry.id, base.entry.family, trigger_word, data.hash, sum(not example.prior for example in examples))
-    sample = _sampler(settings, base, transformer, sample_prompts, folder / "samples") if sample_prompts is not None else None
+    sample = None
+    if sample_prompts is not None:
+        empty = _row(data.prompts, data.empty_caption)
+        sample = _sampler(settings, base, transformer, sample_prompts, empty, folder / "samples")
     trainer = Trainer(settings, transformer, data, folder / "checkpoints", card, sample)
     outcome = trainer.run(newest_state(folder / "checkpoints"), report, cancelled)
     if dist.is_initialized():
@@ -103,62 +105,51 @@ def curated(folder: Path) -> tuple[list[Example], str]:
     return found, dataset.trigger
 
 
-def planned(settings: TrainingSettings, base: FluxBase, device: torch.device) -> MemoryPlan:
+def planned(settings: TrainingSettings, base: Base, device: torch.device) -> MemoryPlan:
     """What the training will take of the device. Raises NotEnoughMemory, which says what would fit."""
     targets = settings.targets_of(base.entry.family)
-    return plan(settings, base.outline(), targets, divisor_of(base.vae_config), base.text_tokens, free_bytes(device))
+    return plan(settings, base.outline(), targets, base.pixels_of_a_token, base.text_tokens, free_bytes(device))
 
 
-def warnings_of(examples: Sequence[Example], trigger_word: str, base: FluxBase) -> tuple[str, ...]:
+def warnings_of(examples: Sequence[Example], trigger_word: str, base: Base) -> tuple[str, ...]:
     """Raises InvalidRequest where there is nothing to train on."""
     subject = [example for example in examples if not example.prior]
     if not subject:
         raise InvalidRequest("There are no pictures of the subject to train on.", "Bring ten or more, each of the one person.")
     few = [f"There are only {len(subject)} pictures; below {FEW} a LoRA learns them rather than the person."] if len(subject) < FEW else []
-    return (*few, *trigger_warnings(trigger_word, [example.caption for example in subject], base.tokenisers))
+    return (*few, *trigger_warnings(trigger_word, [example.caption for example in subject], base.tokenisers()))
 
 
 def _encoded(
-    settings: TrainingSettings, examples: Sequence[Example], trigger_word: str, cache: Path, base: FluxBase, told: Told
+    settings: TrainingSettings, examples: Sequence[Example], trigger_word: str, cache: Path, base: Base, told: Told
 ) -> tuple[TrainingSet, PromptEmbeds | None]:
     """The data, and the prompts of samples. What encodes lives no longer than this call."""
     captions = PromptCache(base.prompts(), folder=SharedFolder(cache / "captions"))
-    moments = MomentsCache(cache / "latents", base.vae, base.vae_revision())
+    moments = MomentsCache(cache / "latents", base.moments, base.vae_revision())
     data = prepare(
-        examples, captions, moments, resolutions=settings.resolutions, divisor=divisor_of(base.vae_config), max_length=base.text_tokens,
+        examples, captions, moments, resolutions=settings.resolutions, divisor=base.pixels_of_a_token, max_length=base.text_tokens,
         mask_weight=settings.mask_weight, face_share=settings.face_share, held_out=settings.held_out, trigger_word=trigger_word, told=told,
     )  # fmt: skip
     return data, captions.encode(settings.sample_prompts, base.text_tokens) if settings.sample_every else None
 
 
-def _sampler(settings: TrainingSettings, base: FluxBase, transformer: Any, prompts: PromptEmbeds, folder: Path) -> Callable[[int], None]:
+def _sampler(
+    settings: TrainingSettings, base: Base, transformer: Any, prompts: PromptEmbeds, empty: PromptEmbeds, folder: Path
+) -> Callable[[int], None]:
     """Draws each sample prompt with the seed of its place, so that the samples of two checkpoints can be compared."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base.scheduler_folder, local_files_only=True)
-    pipe = FluxPipeline(
-        scheduler=scheduler,
-        vae=base.vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    side, usual = max(settings.resolutions), base.entry.defaults
+    draw, side = base.drawing(transformer), max(settings.resolutions)
 
     def sample(step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(len(settings.sample_prompts)):
-            drawn = pipe(
-                prompt_embeds=prompts.states[number : number + 1].to(transformer.device),
-                pooled_prompt_embeds=prompts.pooled[number : number + 1].to(transformer.device),
-                width=side, height=side, num_inference_steps=int(str(usual.get("num_inference_steps", 28))),
-                guidance_scale=float(str(usual.get("guidance_scale", 3.5))),
-                generator=torch.Generator().manual_seed(settings.seed + number),
-            ).images[0]  # fmt: skip
+            drawn = draw(_row(prompts, number), empty, side, settings.seed + number)
             drawn.save(folder / f"step-{step:06d}-{number}.png")
 
     return sample
+
+
+def _row(prompts: PromptEmbeds, row: int) -> PromptEmbeds:
+    return PromptEmbeds(prompts.states[row : row + 1], prompts.pooled[row : row + 1])
 
 
 def _kept_settings(settings: TrainingSettings, folder: Path) -> None:

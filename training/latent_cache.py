@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deployments.contracts import PromptEmbeds
-from deployments.denoisers.latents import PATCH, from_picture, pack
+from deployments.denoisers.latents import from_picture, pack
 from deployments.errors import InvalidImage
 from training.buckets import Bucket, Place, places_of
 
@@ -31,6 +32,9 @@ _FORM = 1
 """Raised whenever the same picture would give other moments."""
 Told = Callable[[str, int, int], None]
 """(what is being done, how many are done, of how many)."""
+Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A picture as `from_picture` makes it, [1, 3, H, W] -> mean and std of the VAE's posterior, [c, h, w] fp32 each, normalised as the base's
+transformer reads latents; on any device."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,11 @@ class TrainingSet:
     def empty_caption(self) -> int:
         return len(self.prompts.states) - 1
 
+    @cached_property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Tokens of each row of `prompts`."""
+        return self.prompts.lengths
+
 
 class Captions(Protocol):
     """deployments.prompts.cache:PromptCache is one."""
@@ -86,11 +95,11 @@ class Captions(Protocol):
 class MomentsCache:
     """Moments by the content of picture and VAE, one safetensors file each. Safe between processes: a file appears by being renamed."""
 
-    def __init__(self, folder: Path, vae: Callable[[], Any], revision: str) -> None:
-        """vae: opens a diffusers AutoencoderKL on its device; called when the first picture lacks. revision: names its weights."""
+    def __init__(self, folder: Path, opened: Callable[[], Moments], revision: str) -> None:
+        """opened: opens the base's VAE; called when the first picture lacks. revision: names its weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._open, self._revision = folder, vae, revision
-        self._vae: Any = None
+        self._folder, self._open, self._revision = folder, opened, revision
+        self._moments: Moments | None = None
         self.encoded = 0
 
     def moments(self, content: bytes, place: Place) -> tuple[Tensor, Tensor]:
@@ -109,18 +118,15 @@ class MomentsCache:
 
     def close(self) -> None:
         """Forgets the VAE: its memory is the training's."""
-        self._vae = None
+        self._moments = None
 
     @torch.no_grad()
     def _encode(self, content: bytes, place: Place) -> tuple[Tensor, Tensor]:
-        if self._vae is None:
-            self._vae = self._open()
-        vae, self.encoded = self._vae, self.encoded + 1
-        pixels = from_picture(_cut(_opened(content).convert("RGB"), place)).to(vae.device, vae.dtype)
-        posterior = vae.encode(pixels).latent_dist
-        scale = vae.config.scaling_factor
-        mean = (posterior.mean.float() - (vae.config.shift_factor or 0.0)) * scale
-        return mean[0].cpu().contiguous(), (posterior.std.float() * scale)[0].cpu().contiguous()
+        if self._moments is None:
+            self._moments = self._open()
+        self.encoded += 1
+        mean, std = self._moments(from_picture(_cut(_opened(content).convert("RGB"), place)))
+        return mean.cpu().contiguous(), std.cpu().contiguous()
 
     def _key(self, content: bytes, place: Place) -> str:
         return hashlib.sha256(f"{_FORM} {self._revision} {hashlib.sha256(content).hexdigest()} {place}".encode()).hexdigest()
@@ -238,8 +244,3 @@ def _cut(picture: Image.Image, place: Place) -> np.ndarray[Any, np.dtype[np.uint
         picture = picture.resize((place.width, place.height), Image.Resampling.LANCZOS)
     box = (place.left, place.top, place.left + place.bucket.width, place.top + place.bucket.height)
     return np.asarray(picture.crop(box), np.uint8)
-
-
-def divisor_of(vae_config: Any) -> int:
-    """Pixels of a token's side: the VAE's reduction by its levels, times the transformer's patch."""
-    return int(2 ** (len(vae_config.block_out_channels) - 1)) * PATCH

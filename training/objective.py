@@ -33,7 +33,8 @@ _SHIFTS = {"flux_shift": ((256, 0.5), (4096, 1.15)), "qwen_shift": ((256, 0.5), 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """clean, noise: [n, tokens, channels], packed; sigmas: [n]; states: [n, text, width], pooled: [n, width], fp32 or the encoders' type.
-    weights: [n, tokens] with a mean of 1 each, or None. importance: [n], of whole pictures. grid: of the tokens."""
+    weights: [n, tokens] with a mean of 1 each, or None. importance: [n], of whole pictures. grid: of the tokens. lengths: tokens of each
+    text; what `states` holds behind them is filling."""
 
     clean: Tensor
     noise: Tensor
@@ -43,6 +44,7 @@ class Batch:
     weights: Tensor | None
     importance: Tensor
     grid: Grid
+    lengths: tuple[int, ...]
 
     @property
     def noisy(self) -> Tensor:
@@ -90,15 +92,28 @@ class FluxObjective:
 
 @dataclass(frozen=True)
 class QwenObjective:
-    """No guidance and no pooled text. All texts of a batch have one length and no mask: an all-ones mask keeps attention from its fast
-    kernel, and a real one was a source of corrupt batches (huggingface/diffusers#12294)."""
+    """No guidance and no pooled text. The transformer sees the tokens of a text and nothing behind them, as where stock diffusers draws one
+    picture: texts of one length share a forward, and others have their own. So nothing is padded, which Qwen-Image would attend to, and
+    nothing masked: any mask, even of ones, keeps attention from its fast kernel, and a real one was a source of corrupt batches
+    (huggingface/diffusers#12294)."""
 
     def velocity(self, transformer: Any, batch: Batch) -> Tensor:
-        dtype = transformer.dtype
-        shapes = [[(1, batch.grid.rows, batch.grid.columns)]] * len(batch.clean)
+        rows: dict[int, list[int]] = {}
+        for row, length in enumerate(batch.lengths):
+            rows.setdefault(length, []).append(row)
+        found: dict[int, Tensor] = {}
+        for length, alike in rows.items():
+            found |= dict(zip(alike, self._of_one_length(transformer, batch, alike, length), strict=True))
+        return torch.stack([found[row] for row in range(len(batch.clean))])
+
+    def _of_one_length(self, transformer: Any, batch: Batch, rows: Sequence[int], length: int) -> Tensor:
+        """Of some pictures of the batch, in the order of `rows`."""
+        dtype, noisy = transformer.dtype, batch.noisy
         velocity: Tensor = transformer(
-            hidden_states=batch.noisy.to(dtype), timestep=batch.sigmas, encoder_hidden_states=batch.states.to(dtype),
-            encoder_hidden_states_mask=None, img_shapes=shapes, return_dict=False,
+            hidden_states=torch.stack([noisy[row] for row in rows]).to(dtype),
+            timestep=torch.stack([batch.sigmas[row] for row in rows]),
+            encoder_hidden_states=torch.stack([batch.states[row, :length] for row in rows]).to(dtype),
+            encoder_hidden_states_mask=None, img_shapes=[[(1, batch.grid.rows, batch.grid.columns)]] * len(rows), return_dict=False,
         )[0]  # fmt: skip
         return velocity
 
@@ -176,7 +191,7 @@ def _assembled(
     return Batch(
         clean=pack(clean), noise=pack(torch.stack(noise)), sigmas=sigmas, states=data.prompts.states[list(captions)],
         pooled=data.prompts.pooled[list(captions)], weights=weights, importance=importance,
-        grid=Grid(height // 2, width // 2, channels),
+        grid=Grid(height // 2, width // 2, channels), lengths=tuple(data.text_lengths[caption] for caption in captions),
     )  # fmt: skip
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PIECES = 3
 """A word in more pieces is spelt rather than named; the pieces mean something in thousands of other words."""
 
 
-def trigger_warnings(trigger_word: str, captions: Sequence[str], folders: tuple[Path, Path]) -> list[str]:
-    """What is wrong with a trigger word, in sentences for people; empty where nothing is. folders: of CLIP's and T5's tokenisers."""
+def trigger_warnings(trigger_word: str, captions: Sequence[str], tokenisers: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a trigger word, in sentences for people; empty where nothing is. tokenisers: of the base's text encoders, of the
+    transformers library, by the names that people know."""
     if not trigger_word:
         return ["There is no trigger word: the LoRA will show its person in every picture with one."]
     found = []
     without = sum(trigger_word not in caption for caption in captions)
     if without:
         found.append(f"{without} of {len(captions)} captions do not hold the trigger word {trigger_word!r}.")
-    for name, tokeniser in _tokenisers(folders).items():
+    for name, tokeniser in tokenisers.items():
         for word in trigger_word.split():
             found += _of_word(word, name, tokeniser)
     return found
@@ -35,12 +35,3 @@ def _of_word(word: str, name: str, tokeniser: Any) -> list[str]:
             f"{name} reads {word!r} in {len(pieces)} pieces ({' '.join(pieces)}). A short made-up word, such as ohwx, is learned better."
         ]
     return []
-
-
-def _tokenisers(folders: tuple[Path, Path]) -> dict[str, Any]:
-    from transformers import CLIPTokenizer, T5TokenizerFast
-
-    clip, t5 = folders
-    return {
-        "CLIP": CLIPTokenizer.from_pretrained(clip, local_files_only=True), "T5": T5TokenizerFast.from_pretrained(t5, local_files_only=True)
-    }  # fmt: skip

@@ -22,7 +22,7 @@ from deployments.prompts.flux import FluxPrompts
 from deployments.store.settings import StoreSettings
 from tests.lora_files import TRANSFORMER
 from tests.mini_drawing import FLUX, PACK
-from training.base_models import FluxBase
+from training.base_models import open_base
 from training.character_lora import Trained, train_lora
 from training.latent_cache import Example, MomentsCache, prepare
 from training.loop import Progress
@@ -115,7 +115,7 @@ def _own(made: Trained) -> Any:
     from training.adapters import add_lora
 
     catalog = load_catalog()
-    transformer = FluxBase(catalog, catalog.entry("flux1-mini"), CPU, torch.float32).transformer()
+    transformer = open_base(catalog, catalog.entry("flux1-mini"), CPU, torch.float32).transformer()
     parameters = add_lora(transformer, quick().targets_of("flux1"), 8, 32, seed=0)
     state = torch.load(made.checkpoints[2].parent / "state.pt", weights_only=True)
     with torch.no_grad():
@@ -155,8 +155,8 @@ def _prepare(pictures: list[Example], folder: Path, **changes: Any) -> Any:
     from deployments.catalog import load_catalog
 
     catalog = load_catalog()
-    base = FluxBase(catalog, catalog.entry("flux1-mini"), CPU, torch.float32)
-    cache = MomentsCache(folder / "latents", base.vae, base.vae_revision())
+    base = open_base(catalog, catalog.entry("flux1-mini"), CPU, torch.float32)
+    cache = MomentsCache(folder / "latents", base.moments, base.vae_revision())
     usual: dict[str, Any] = {"resolutions": (64,), "divisor": 8, "max_length": 48, "mask_weight": 0.2}
     return prepare(pictures, PromptCache(FluxPrompts(FLUX)), cache, **(usual | changes)), cache
 

@@ -144,7 +144,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"trigger_word": "ohwx", "image_urls": ["https://example.com/a.png"]}, 422, "url_not_allowed", "image_urls[0]"),
     ({"trigger_word": "ohwx", "images": ["QUJD"]}, 422, "invalid_image", "images"),
     (ASKED | {"preset": "minni"}, 422, "invalid_request", "Did you mean mini?"),
-    (ASKED | {"preset": "flux-a100"}, 422, "unsupported_combination", "flux1-mini"),
+    (ASKED | {"preset": "qwen-a100"}, 422, "unsupported_combination", "for qwen-image cannot be used here: this server draws"),
     (ASKED | {"settings": {"base": "flux1-dev"}}, 422, "unsupported_combination", "flux1-mini"),
     (ASKED | {"settings": {"base": "sd15"}}, 404, "unknown_model", "sd15"),
     (ASKED | {"settings": {"rank": 7}}, 422, "invalid_request", "rank"),

@@ -23,7 +23,7 @@ from deployments.errors import (
     UnsupportedCombination,
 )
 from tests.lora_training import settings
-from tests.mini_drawing import FLUX
+from training.base_models import open_base
 from training.buckets import Batches, Bucket, ladder, places_of
 from training.memory_plan import MemoryPlan, estimate, free_bytes, plan
 from training.optimisers import rate_at
@@ -31,7 +31,6 @@ from training.settings import base_entry, checked, preset, presets
 from training.trigger_words import trigger_warnings
 
 GB = 10**9
-TOKENISERS = (FLUX / "tokenizer", FLUX / "tokenizer_2")
 
 
 @pytest.mark.parametrize("name", presets())
@@ -207,9 +206,11 @@ def test_the_trainers_errors_say_what_to_do(kind: type[LikenessError]) -> None:
 
 
 def test_trigger_words_that_cannot_be_told_apart_are_warned_of() -> None:
-    assert trigger_warnings("ohwx", ["ohwx, a portrait"], TOKENISERS) == []
-    spelt = trigger_warnings("zqxjv", ["zqxjv, a portrait"], TOKENISERS)
+    catalog = load_catalog()
+    tokenisers = open_base(catalog, catalog.entry("flux1-mini"), torch.device("cpu"), torch.float32).tokenisers()
+    assert trigger_warnings("ohwx", ["ohwx, a portrait"], tokenisers) == []
+    spelt = trigger_warnings("zqxjv", ["zqxjv, a portrait"], tokenisers)
     assert len(spelt) == 2 and "T5 reads 'zqxjv' in 5 pieces" in spelt[1]
-    assert "1 of 2 captions do not hold" in trigger_warnings("ohwx", ["ohwx", "a portrait"], TOKENISERS)[0]
-    assert any("cannot read" in said for said in trigger_warnings("人", ["人"], TOKENISERS))
-    assert "no trigger word" in trigger_warnings("", ["a portrait"], TOKENISERS)[0]
+    assert "1 of 2 captions do not hold" in trigger_warnings("ohwx", ["ohwx", "a portrait"], tokenisers)[0]
+    assert any("cannot read" in said for said in trigger_warnings("人", ["人"], tokenisers))
+    assert "no trigger word" in trigger_warnings("", ["a portrait"], tokenisers)[0]
