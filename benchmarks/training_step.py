@@ -30,10 +30,9 @@ from training.buckets import Bucket
 from training.export import LoraCard
 from training.latent_cache import Item, TrainingSet
 from training.loop import ATTENTION, Progress, Trainer, arranged
-from training.settings import TARGETS, TrainingSettings, preset
+from training.settings import ATTENTION_ALONE, TARGETS, TrainingSettings, preset
 
 RANK, PICTURES = 32, 2
-_ATTENTION_ALONE = r"(?:transformer_blocks|single_transformer_blocks)\.\d+\.attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 _WARM_UP = 3
 """Steps that are not counted: compiling, and choosing kernels."""
 
@@ -193,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     found = []
     for way in WAYS:
         if not (told.eager and way.compiled):
-            found.append(measure(way, maker, told.steps, _ATTENTION_ALONE if told.attention else TARGETS["flux1"]))
+            found.append(measure(way, maker, told.steps, ATTENTION_ALONE if told.attention else TARGETS["flux1"]))
             print(json.dumps(asdict(found[-1])), flush=True)
     if told.write is not None:
         on = "attention alone" if told.attention else "every linear module of the blocks but modulations"

@@ -29,6 +29,8 @@ _BLOCKS = r"(?:transformer_blocks|single_transformer_blocks)\.\d+\."
 _ATTENTION = r"attn\.(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _FLUX_MLP = r"ff(?:_context)?\.net\.(?:0\.proj|2)|proj_mlp|proj_out"
 _QWEN_MLP = r"(?:img|txt)_mlp\.net\.(?:0\.proj|2)"
+ATTENTION_ALONE = rf"{_BLOCKS}{_ATTENTION}"
+"""The modules of FLUX's attention, which many published LoRAs leave it at."""
 TARGETS: Mapping[str, str] = {"flux1": rf"{_BLOCKS}(?:{_ATTENTION}|{_FLUX_MLP})", "qwen-image": rf"{_BLOCKS}(?:{_ATTENTION}|{_QWEN_MLP})"}
 """Every linear module of the blocks but the modulations (kohya-ss/musubi-tuner, networks/lora_qwen_image.py leaves those out too), matched
 whole against the names of a family's modules."""
